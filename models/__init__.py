@@ -1,0 +1,1 @@
+"""The backbones, one file a family. Importing this package registers them into timm."""
