@@ -1,0 +1,66 @@
+# `make` alone lists the targets. PYTHON=/path/to/python3 chooses the interpreter, ARGS="..." is passed on.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-input
+NANO_RUN := work_dirs/pretrain_nano
+NANO_WEIGHTS := vizattn/weights/vit_va_nano_patch4_32.safetensors
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow timm-suite lint format wheel-smoke pretrain clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.installed  ## Adapt a pretrained backbone to handwritten digits by six methods
+	$(BIN)/vizattn demo $(ARGS)
+
+test: .venv/.installed-test  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.installed-test  ## Run the tests that take long
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
+	$(BIN)/python tools/timm_suite.py $(ARGS)
+
+lint: .venv/.installed-test  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-test  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-smoke: .venv/.installed-test  ## Build the wheel and use it from a fresh environment elsewhere
+	.ci/wheel_smoke.sh $(BIN)/python
+
+pretrain: .venv/.installed  ## Rebuild the weights that ship with vit_va_nano_patch4_32
+	$(BIN)/vizattn train classification/glyphs_pretrain --work-dir $(NANO_RUN) $(ARGS)
+	$(BIN)/python tools/pack_weights.py $(NANO_RUN) $(NANO_WEIGHTS)
+
+clean:  ## Remove what the other targets made, but for work_dirs
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes last into a new environment: one that was interrupted is made again.
+$(BIN)/pip:
+	@for python in $(PYTHON); do \
+		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+			echo "Making .venv with $$($$python --version)"; \
+			exec $$python -m venv .venv; \
+		fi; \
+	done; \
+	echo "No Python 3.10 or newer with venv among: $(PYTHON)." >&2; \
+	echo "Install one (Debian and Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3 ..." >&2; \
+	exit 1
+
+.venv/.installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing vizattn into .venv (minutes the first time: torch is large)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-test: pyproject.toml | $(BIN)/pip
+	@echo "Installing vizattn and its test tools into .venv (minutes the first time: torch is large)"
+	@$(PIP) --editable '.[test]'
+	@touch $@ .venv/.installed
