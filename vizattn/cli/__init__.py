@@ -1,1 +1,100 @@
+"""The `vizattn` command: finds the subcommand, imports its module, and turns errors into one message and an exit status."""
 
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+# One module of this package each, with `add_arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    "demo": "adapt a pretrained backbone to handwritten digits by six methods",
+    "list": "list the backbones, or the adapters",
+    "info": "show one backbone or one adapter",
+    "train": "train a backbone or an adapter from a recipe",
+    "eval": "measure a trained model or a bundle",
+    "predict": "classify images",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status: 0 done, 1 done in part, 2 a mistake, 130 interrupted.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    place = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
+    top = _top_parser()
+    debug = top.parse_args(argv[:place]).debug
+    if place == len(argv):
+        top.print_help(sys.stderr)
+        return 2
+    command = argv[place]
+    if command not in COMMANDS:
+        print(f"vizattn: Unknown command {command!r}.{_suggest(command, COMMANDS)} See: vizattn --help", file=sys.stderr)
+        return 2
+
+    try:
+        module = importlib.import_module(f"{__name__}.{command}")
+        parser = argparse.ArgumentParser(f"vizattn {command}", description=module.__doc__, allow_abbrev=False)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.add_arguments(parser)
+        args, rest = parser.parse_known_intermixed_args(argv[place + 1 :])
+        debug = debug or args.debug
+        if rest:
+            kind = "option" if rest[0].startswith("-") else "argument"
+            parser.error(f"unknown {kind} {rest[0]!r}.{_suggest(rest[0], parser._option_string_actions)}")
+        status: int = module.run(args)
+        sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
+        return status
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vizattn list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from vizattn.errors import VizattnError  # late, as it comes with torch
+
+        if debug or not isinstance(error, VizattnError | OSError):
+            raise
+        print(f"vizattn {command}: {_message(error)}", file=sys.stderr)
+        return 2
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "vizattn",
+        usage="vizattn [--help] [--version] [--debug] COMMAND ...",
+        description="Attention backbones for timm, and adapters that attach to them and to timm's own models.",
+        epilog=f"commands:\n{commands}\n\nEach tells its options: vizattn COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _versions() -> str:
+    packages = ("vizattn", "torch", "torchvision", "timm", "mmengine-lite")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+
+
+def _suggest(name: str, choices: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
