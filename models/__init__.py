@@ -1,1 +1,5 @@
-"""The backbones, one file a family. Importing this package registers them into timm."""
+"""The backbones, one family a file. Importing this package registers them all into timm."""
+
+from vizattn.models.vit import VisionTransformer
+
+__all__ = ["VisionTransformer"]

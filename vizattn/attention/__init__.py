@@ -1,1 +1,35 @@
+"""Attention mechanisms, one a file, chosen by name.
 
+The protocol a backbone relies on, so that a new mechanism is one file and one row of `ATTENTION`:
+
+* Built as ``Mechanism(dim, num_heads, grid_size=(H, W), num_prefix_tokens=P, qkv_bias=..., qk_norm=..., attn_drop=...,
+  proj_drop=..., norm_layer=..., device=..., dtype=...)``; `grid_size` and `num_prefix_tokens` are those of the native
+  input and serve only to size parameters, such as tables of position biases.
+* Called as ``attention(x, grid_size)`` with `x` of shape (B, P + H * W, dim) and `grid_size` the (H, W) of this very
+  input, returning the same shape. The patch tokens are the last H * W, row by row; all before them are prefix tokens,
+  including any that an adapter inserted, so their number is read off the input: ``x.shape[1] - H * W``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
+from vizattn.errors import unknown
+
+__all__ = ["ATTENTION", "SoftmaxAttention", "attention_class", "attention_weights", "softmax_attention"]
+
+ATTENTION: dict[str, type[nn.Module]] = {
+    "softmax": SoftmaxAttention,
+}
+
+
+def attention_class(name: str) -> type[nn.Module]:
+    """The mechanism called `name`.
+
+    Raises:
+        VizattnError: There is no such mechanism.
+    """
+    if name not in ATTENTION:
+        raise unknown("attention", name, ATTENTION)
+    return ATTENTION[name]
