@@ -1,0 +1,127 @@
+"""The command itself: what it prints, and what it makes of mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import vizattn.cli
+from vizattn.cli import COMMANDS, main
+from vizattn.errors import VizattnError
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A subcommand `fake` with one option; a test sets its `run`."""
+    module = SimpleNamespace(__doc__="Do nothing.", run=lambda args: 0)
+    module.add_arguments = lambda parser: (
+        parser.add_argument("files", nargs="*"),
+        parser.add_argument("--epochs", type=int),
+    )
+    monkeypatch.setitem(COMMANDS, "fake", "do nothing")
+    monkeypatch.setattr(vizattn.cli.importlib, "import_module", lambda name: module)
+    return module
+
+
+def failing(error: BaseException) -> object:
+    def run(args: object) -> int:
+        raise error
+
+    return run
+
+
+def test_help_and_version_do_not_load_torch() -> None:
+    code = (
+        "import sys, vizattn_cli\n"
+        "for argument in ('--help', '--version'):\n"
+        "    try: vizattn_cli.main([argument])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert vizattn_cli.main(['trian']) == 2\n"
+        "assert not {'torch', 'timm', 'rich', 'numpy'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(name in run.stdout for name in COMMANDS)
+    assert f"vizattn {vizattn.__version__}, torch " in run.stdout
+    assert "Unknown command 'trian'. Did you mean 'train'?" in run.stderr
+
+
+def test_the_installed_script_runs() -> None:
+    script = Path(sys.executable).with_name("vizattn")
+    run = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert run.returncode == 0 and vizattn.__version__ in run.stdout
+
+
+def test_each_subcommand_has_its_module() -> None:
+    folder = Path(vizattn.cli.__file__).parent
+    assert {name for name in COMMANDS if (folder / f"{name}.py").is_file()} == set(COMMANDS)
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "predict" in capsys.readouterr().err
+
+
+def test_status_and_arguments_reach_the_subcommand(command: SimpleNamespace) -> None:
+    seen = []
+    command.run = lambda args: seen.append(args) or 1
+    assert main(["fake", "a.png", "--epochs", "3", "b.png"]) == 1
+    assert seen[0].files == ["a.png", "b.png"] and seen[0].epochs == 3
+
+
+def test_unknown_option_names_the_closest(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fake", "--epoch", "3"])
+    assert end.value.code == 2
+    assert "unknown option '--epoch'. Did you mean '--epochs'?" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_message(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = failing(VizattnError("No folder [red]x[/red]."))
+    assert main(["fake"]) == 2
+    assert capsys.readouterr().err == "vizattn fake: No folder [red]x[/red].\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "fake"], ["fake", "--debug"]])
+def test_debug_shows_the_traceback(command: SimpleNamespace, argv: list[str]) -> None:
+    command.run = failing(VizattnError("No folder."))
+    with pytest.raises(VizattnError, match="No folder"):
+        main(argv)
+
+
+def test_system_errors_are_one_message(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = failing(OSError(28, "No space left on device", "work_dirs/x.pth"))
+    assert main(["fake"]) == 2
+    assert capsys.readouterr().err == "vizattn fake: No space left on device: work_dirs/x.pth\n"
+
+
+def test_a_bug_keeps_its_traceback(command: SimpleNamespace) -> None:
+    command.run = failing(TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        main(["fake"])
+
+
+def test_interrupt(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = failing(KeyboardInterrupt())
+    assert main(["fake"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_closed_pipe_is_silent() -> None:
+    code = (
+        "import sys, types, vizattn_cli as cli\n"
+        "fake = types.SimpleNamespace(__doc__='', add_arguments=lambda parser: None)\n"
+        "fake.run = lambda args: [print('line') for _ in range(100_000)] and 0\n"
+        "cli.importlib.import_module = lambda name: fake\n"
+        "sys.exit(cli.main(['list']))\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout and command.stderr
+    assert command.stdout.readline() == "line\n"
+    command.stdout.close()
+    assert command.wait(timeout=60) == 141
+    assert command.stderr.read() == ""

@@ -1,0 +1,48 @@
+"""The build configuration lists what the repository holds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import vizattn
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def listed_packages() -> set[str]:
+    block = re.search(r"^packages = \[(.*?)^\]", PYPROJECT, flags=re.MULTILINE | re.DOTALL)
+    assert block
+    return set(re.findall(r'"([\w.]+)"', block[1]))
+
+
+def test_every_package_folder_is_listed() -> None:
+    folders = {init.parent for top in ("vizattn", "models", "configs") for init in (ROOT / top).rglob("__init__.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    names = {name if name.split(".")[0] == "vizattn" else f"vizattn.{name}" for name in names}
+    assert listed_packages() == names | {"vizattn_cli"}
+
+
+def test_every_folder_of_recipes_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "configs").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_weights_are_package_data_and_small() -> None:
+    packed = list((ROOT / "vizattn" / "weights").glob("*.safetensors"))
+    assert packed, "the pretrained backbone is missing"
+    assert all(path.stat().st_size <= 2_500_000 for path in packed)
+    assert '"vizattn.weights" = ["*.safetensors"]' in PYPROJECT
+
+
+def test_version_is_stated_once() -> None:
+    assert importlib.metadata.version("vizattn") == vizattn.__version__
+    assert f"## [{vizattn.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_tools_are_a_few_lines_over_the_command_line() -> None:
+    for name in ("train", "eval", "predict"):
+        lines = (ROOT / "tools" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 12 and f'main(["{name}", *sys.argv[1:]])' in "\n".join(lines), name
