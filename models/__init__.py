@@ -1,5 +1,5 @@
 """The backbones, one family a file. Importing this package registers them all into timm."""
 
-from vizattn.models.vit import VisionTransformer
+from .vit import VisionTransformer
 
 __all__ = ["VisionTransformer"]

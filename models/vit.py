@@ -6,17 +6,14 @@ Parameter names are those of timm's ViT, so its published weights load as they a
 Shapes: B batch, H x W grid of patches, P prefix tokens (class token, then registers), N = P + H * W, C channels.
 """
 
-from collections.abc import Callable
-from functools import partial
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
-    LayerScale,
-    Mlp,
     PatchDropout,
     PatchEmbed,
     get_device_dtype,
@@ -32,48 +29,19 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args, update_model_input_size
+from timm.models._input import get_pretrained_grid_size, update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vizattn.attention import attention_class
 from vizattn.errors import VizattnError
-from vizattn.models._registry import register_model
+from vizattn.layers import LayerNorm, TransformerBlock
+
+from ._checkpoint import check_fit, unwrap
+from ._registry import register_model
 
 __all__ = ["VisionTransformer"]
 
 POOLS = ("", "avg", "avgmax", "max", "token")
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Block(nn.Module):
-    """Attention, then an MLP, each on normalised input and added to it (pre-norm)."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float,
-        init_values: float | None,
-        proj_drop: float,
-        drop_path: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, **dd)
-        self.attn = attn
-        self.ls1 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C). `grid_size` may be left out for an attention that does not use it."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid_size)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -154,6 +122,7 @@ class VisionTransformer(nn.Module):
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.no_embed_class = no_embed_class
+        self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens  # those with a row in pos_embed
         self.grad_checkpointing = False
         self.global_pool = self._checked_pool(global_pool)
 
@@ -170,7 +139,7 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **dd)) if reg_tokens else None
-        positions = self.patch_embed.num_patches + self._num_embedded_prefix()
+        positions = self.patch_embed.num_patches + self.num_embedded_prefix
         self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = (
@@ -183,7 +152,7 @@ class VisionTransformer(nn.Module):
         mechanism = attention_class(attn)
         self.blocks = nn.Sequential(
             *[
-                Block(
+                TransformerBlock(
                     embed_dim,
                     mechanism(
                         embed_dim,
@@ -225,13 +194,9 @@ class VisionTransformer(nn.Module):
             raise VizattnError("global_pool='token' needs the class token; use class_token=True or global_pool='avg'.")
         return global_pool
 
-    def _num_embedded_prefix(self) -> int:
-        """Prefix tokens that have a row in the position table."""
-        return 0 if self.no_embed_class else self.num_prefix_tokens
-
     @torch.jit.ignore
     def init_weights(self, reset: bool = True) -> None:
-        """Draw all parameters anew (needed after `to_empty`); without `reset`, leave the modules' own initial values."""
+        """Draw all parameters anew (as after `to_empty`); without `reset`, keep what the modules drew themselves."""
         trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
@@ -296,7 +261,7 @@ class VisionTransformer(nn.Module):
                 self.pos_embed.detach(),
                 new_size=list(self.patch_embed.grid_size),
                 old_size=list(old_grid),
-                num_prefix_tokens=self._num_embedded_prefix(),
+                num_prefix_tokens=self.num_embedded_prefix,
             )
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
@@ -309,7 +274,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed,
             new_size=[H, W],
             old_size=[native[0], native[1]],
-            num_prefix_tokens=self._num_embedded_prefix(),
+            num_prefix_tokens=self.num_embedded_prefix,
         )
         tokens = []
         if self.cls_token is not None:
@@ -390,7 +355,7 @@ class VisionTransformer(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop the blocks (and as asked norm and head) that the chosen intermediates do not need; give their indices."""
+        """Drop the blocks, and as asked norm and head, that the chosen intermediates do not need; give the indices."""
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -457,6 +422,36 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+AUGREG = {"paper_ids": "arXiv:2106.10270", "origin_url": "https://github.com/google-research/vision_transformer"}
+ORIG = {"paper_ids": "arXiv:2010.11929", "origin_url": "https://github.com/google-research/vision_transformer"}
+SAM = {"paper_ids": "arXiv:2106.01548", "origin_url": "https://github.com/google-research/vision_transformer"}
+IMAGENET_STATISTICS = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+DINO = {"paper_ids": "arXiv:2104.14294", "origin_url": "https://github.com/facebookresearch/dino", "num_classes": 0}
+MAE = {"paper_ids": "arXiv:2111.06377", "origin_url": "https://github.com/facebookresearch/mae", "num_classes": 0}
+
+# timm/vit_SIZE.TAG on the hub serves our vit_va_SIZE.TAG; the first tag of a size is its default.
+HUB_WEIGHTS: dict[str, dict[str, Any]] = {
+    "tiny_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "tiny_patch16_224.augreg_in21k": AUGREG | {"num_classes": 21843},
+    "small_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "small_patch16_224.augreg_in1k": AUGREG,
+    "small_patch16_224.augreg_in21k": AUGREG | {"num_classes": 21843},
+    "small_patch16_224.dino": DINO | IMAGENET_STATISTICS,
+    "base_patch16_224.augreg2_in21k_ft_in1k": AUGREG,
+    "base_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "base_patch16_224.augreg_in1k": AUGREG,
+    "base_patch16_224.augreg_in21k": AUGREG | {"num_classes": 21843},
+    "base_patch16_224.orig_in21k_ft_in1k": ORIG,
+    "base_patch16_224.orig_in21k": ORIG | {"num_classes": 0},
+    "base_patch16_224.sam_in1k": SAM,
+    "base_patch16_224.dino": DINO | IMAGENET_STATISTICS,
+    "base_patch16_224.mae": MAE | IMAGENET_STATISTICS | {"license": "cc-by-nc-4.0"},
+    "large_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "large_patch16_224.augreg_in21k": AUGREG | {"num_classes": 21843},
+    "large_patch16_224.orig_in21k": ORIG | {"num_classes": 0},
+    "large_patch16_224.mae": MAE | IMAGENET_STATISTICS | {"license": "cc-by-nc-4.0"},
+}
+
 default_cfgs = generate_default_cfgs(
     {
         "vit_va_nano_patch4_32.glyphs": _cfg(
@@ -465,15 +460,47 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 32, 32),
             crop_pct=1.0,
         ),
+        **{f"vit_va_{key}": _cfg(hf_hub_id=f"timm/vit_{key}", **fields) for key, fields in HUB_WEIGHTS.items()},
     }
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Fit published weights to `model`: its patch size and its grid of positions; timm then adapts channels and head.
+
+    Raises:
+        VizattnError: The weights are of another model; what differs is named.
+    """
+    state_dict = unwrap(checkpoint)
+    kernel, table = state_dict.get("patch_embed.proj.weight"), state_dict.get("pos_embed")
+    if table is not None and table.ndim == 3:
+        prefix = model.num_embedded_prefix
+        patches = table.shape[1] - prefix
+        old_grid = get_pretrained_grid_size(model, kernel, patches) or (math.isqrt(max(patches, 0)),) * 2
+        if old_grid[0] * old_grid[1] != patches:
+            raise VizattnError(
+                f"The position table of the weights has {table.shape[1]} rows, which is not {prefix} prefix tokens "
+                "and a square grid: class token, registers or input size differ from this model's."
+            )
+        state_dict["pos_embed"] = resample_abs_pos_embed(
+            table,
+            new_size=list(model.patch_embed.grid_size),
+            old_size=list(old_grid),
+            num_prefix_tokens=prefix,
+        )
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != model.patch_embed.patch_size:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
+    check_fit(state_dict, model, adapted=("head.", "patch_embed.proj.weight"))
     return state_dict
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and cfg.file and not Path(cfg.file).is_file():
+        raise VizattnError(
+            f"The weights of {name!r} should be in {cfg.file}, which does not exist. "
+            "Install vizattn again, or name another file by pretrained_cfg_overlay=dict(file=...)."
+        )
     return build_model_with_cfg(
         VisionTransformer,
         name,

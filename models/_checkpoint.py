@@ -1,0 +1,59 @@
+"""What every family's checkpoint filter needs: unwrap a checkpoint, and say in words why it does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vizattn.errors import VizattnError
+
+__all__ = ["check_fit", "unwrap"]
+
+
+def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights inside a checkpoint, in float32 where they were stored in half precision.
+
+    Training scripts nest them under ``model`` or ``state_dict``, or both. Storage types narrower than float32 are
+    widened here so that resizing does not round.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    return {
+        key: value.float() if value.is_floating_point() and value.itemsize < 4 else value
+        for key, value in checkpoint.items()
+    }
+
+
+def check_fit(state_dict: dict[str, Tensor], model: nn.Module, adapted: tuple[str, ...] = ()) -> None:
+    """Raise unless `state_dict` holds exactly the model's entries, each in the model's shape.
+
+    timm loads without this check once the number of classes differs, and then leaves what is missing at random.
+
+    Args:
+        state_dict: Weights under the model's keys.
+        model: The model they are meant for.
+        adapted: Beginnings of the keys that timm adapts later (the classifier, the first convolution): not checked.
+
+    Raises:
+        VizattnError: Something is missing, unexpected or of another shape; the first of each are named.
+    """
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(adapted)}
+    given = {key: tuple(value.shape) for key, value in state_dict.items() if not key.startswith(adapted)}
+    problems = {
+        "missing": [key for key in expected if key not in given],
+        "unexpected": [key for key in given if key not in expected],
+        "of another shape": [
+            f"{key} {given[key]} instead of {shape}"
+            for key, shape in expected.items()
+            if key in given and given[key] != shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise VizattnError(f"The weights do not fit this {type(model).__name__}: {'; '.join(found)}.")
