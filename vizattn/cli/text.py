@@ -1,0 +1,35 @@
+"""Plain text for terminals, pipes and files alike: nothing is cut to the width of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = ["cell", "columns"]
+
+
+def columns(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table of `rows`, which all have the keys of the first; numbers stand to the right."""
+    keys = list(rows[0])
+    lines = [keys, *([cell(row[key]) for key in keys] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    numeric = [all(type(row[key]) in (int, float, type(None)) for row in rows) for key in keys]
+    aligned = (
+        (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric))
+        for line in lines
+    )
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def cell(value: object) -> str:
+    """One value as people read it; a list is a size."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value))
+    return str(value)
