@@ -31,4 +31,5 @@ def register_model(entrypoint: Entrypoint) -> Entrypoint:
             f"Cannot register {name!r} from {entrypoint.__module__}: "
             f"the name is taken by {model_entrypoint(name).__module__}."
         )
-    return timm_register_model(entrypoint)
+    timm_register_model(entrypoint)
+    return entrypoint

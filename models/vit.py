@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    LayerScale,
     PatchDropout,
     PatchEmbed,
     get_device_dtype,
@@ -128,7 +129,7 @@ class VisionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(
             img_size=img_size,
-            patch_size=patch_size,
+            patch_size=patch_size,  # type: ignore[arg-type]  # a pair works as well
             in_chans=in_chans,
             embed_dim=embed_dim,
             bias=not pre_norm,  # a norm right after it would cancel most of it
@@ -206,7 +207,7 @@ class VisionTransformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif reset and hasattr(module, "reset_parameters"):
+            elif reset and isinstance(module, nn.LayerNorm | nn.Conv2d | LayerScale):
                 module.reset_parameters()
 
     @torch.jit.ignore

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, h heads, d channels a head, C = h * d.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import use_fused_attn
@@ -77,7 +77,7 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} cannot be split into {num_heads} heads.")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
