@@ -1,4 +1,4 @@
-"""The `vizattn` command: finds the subcommand, imports its module, and turns errors into one message and an exit status."""
+"""The `vizattn` command: finds the subcommand, imports its module, turns errors into one message and a status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = argv[place]
     if command not in COMMANDS:
-        print(f"vizattn: Unknown command {command!r}.{_suggest(command, COMMANDS)} See: vizattn --help", file=sys.stderr)
+        print(
+            f"vizattn: Unknown command {command!r}.{_suggest(command, COMMANDS)} See: vizattn --help", file=sys.stderr
+        )
         return 2
 
     try:

@@ -26,7 +26,7 @@ def timm_names() -> list[str]:
 
 
 def summary(name: str, count: bool = True) -> dict[str, Any]:
-    """One row of the list; the parameters (with the classifier) are counted only if `count`, as that builds the model."""
+    """One row of the list. The parameters, classifier included, are counted only if `count`: that builds the model."""
     cfg = get_pretrained_cfg(name)
     return {
         "name": name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 from typing import Any
 
@@ -59,7 +60,7 @@ def fitting_methods(model: nn.Module) -> dict[str, str | None]:
 def _texts_below_fields(method: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0].body  # type: ignore[attr-defined]
     texts = {}
-    for field, below in zip(body, body[1:]):
+    for field, below in itertools.pairwise(body):
         named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if named and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             texts[field.target.id] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")
