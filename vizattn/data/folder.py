@@ -1,0 +1,263 @@
+"""Images in one folder a class, with split folders above the class folders or with an automatic split."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vizattn.data.images import find_images, hidden, load_rgb, unreadable
+from vizattn.errors import VizattnError, unknown
+
+__all__ = ["ImageFolder", "folder_splits"]
+
+_ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_EXPECTED = """Expected one folder a class, split automatically,
+  {root}/<class>/<image>.jpg
+or split by you,
+  {root}/train/<class>/<image>.jpg
+  {root}/val/<class>/<image>.jpg
+  {root}/test/<class>/<image>.jpg
+"""
+_SHOWN = 12  # lines of a tree, and names in a message
+
+
+class ImageFolder(Dataset):
+    """One split of a folder of images. Items are PIL RGB images (see `load_rgb`) through `transform`.
+
+    With `root/train/<class>/` the split folders are used ("valid" and "validation" are taken for "val"); where there is
+    no val folder, it is split off train. With `root/<class>/` all three splits are made automatically: each class on
+    its own, in an order that hashes the seed and the file's name, so that neither the file system nor the other files
+    change where an image goes. Class names are the sorted folder names; hidden files are ignored.
+
+    Unreadable images are looked for at construction: the val and test splits are decoded whole, the train split by
+    header and end of file. `skipped` lists what was left out, so the length is known before the first batch and is the
+    same on each rank. Damage that only shows in the middle of training gives another image of the class instead; in
+    evaluation it is an error, since there each image counts.
+
+    Args:
+        root: The folder.
+        split: "train", "val" or "test".
+        transform: Applied to each image.
+        val_fraction: Share of each class for validation where that is split automatically.
+        test_fraction: The same for the test split; used with `root/<class>/` only.
+        seed: Of the automatic split.
+        on_error: "skip" (warn, naming each unreadable image, and go on without it) or "stop" (raise).
+
+    Attributes:
+        class_names: Names of the classes; labels are positions in it.
+        paths: Files, absolute, ordered by class and name.
+        labels: Class of each file.
+        skipped: Unreadable files that were left out, each with the reason.
+        identity: Hash over the classes and each file's name, size and time of change.
+
+    Raises:
+        VizattnError: Missing or empty folder or split, classes that differ between splits, an unknown or senseless
+            option, an unreadable image with `on_error="stop"`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        transform: Callable[[Any], Any] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        on_error: str = "skip",
+    ) -> None:
+        if on_error not in ("skip", "stop"):
+            raise unknown("value of on_error", on_error, ("skip", "stop"))
+        self.root = os.path.abspath(root)
+        self.split = split
+        self.transform = transform
+        self.on_error = on_error
+        splits = _splits(self.root, val_fraction, test_fraction, seed)
+        if split not in splits:
+            raise VizattnError(f"There is no {split} split in {self.root}; it has {', '.join(splits)}.")
+        self.class_names = list(splits[split])
+        found = [(name, label) for label, names in enumerate(splits[split].values()) for name in names]
+        self.skipped = self._check([name for name, _ in found])
+        found = [(name, label) for name, label in found if os.path.join(self.root, name) not in self.skipped]
+        if not found:
+            shares = f" with val_fraction {val_fraction} and test_fraction {test_fraction}"
+            raise VizattnError(f"The {split} split of {self.root} has no readable image{shares}.")
+        self.paths = [os.path.join(self.root, name) for name, _ in found]
+        self.labels = [label for _, label in found]
+        self.identity = self._identity([name for name, _ in found])
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self._load(index)
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+    def _load(self, index: int) -> Image.Image:
+        index = range(len(self))[index]
+        label = self.labels[index]
+        first, last = bisect.bisect_left(self.labels, label), bisect.bisect_right(self.labels, label)
+        for other in (*range(index, last), *range(first, index)):
+            path = self.paths[other]
+            try:
+                return load_rgb(path)
+            except OSError as error:
+                if self.on_error == "stop" or self.split != "train":
+                    raise VizattnError(f"Cannot read the image {path}: {error}") from None
+                if path not in self._warned:
+                    self._warned.add(path)
+                    warnings.warn(f"Another image of its class stands in for {path}: {error}", stacklevel=2)
+        raise VizattnError(f"No image of class {self.class_names[label]!r} can be read any more in {self.root}.")
+
+    def _check(self, names: list[str]) -> dict[str, str]:
+        bad = unreadable([os.path.join(self.root, name) for name in names], whole=self.split != "train")
+        if bad and self.on_error == "stop":
+            listed = _listed(f"{path}: {reason}" for path, reason in bad.items())
+            raise VizattnError(
+                f"{len(bad)} of {len(names)} images of the {self.split} split cannot be read:\n{listed}\n"
+                'Repair or remove them, or leave them out with data.on_error="skip".'
+            )
+        for path, reason in bad.items():
+            warnings.warn(f"Left out of the {self.split} split, cannot be read: {path}: {reason}", stacklevel=3)
+        return bad
+
+    def _identity(self, names: list[str]) -> str:
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for name, path, label in zip(names, self.paths, self.labels):
+            status = os.stat(path)
+            digest.update(repr((name, label, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+
+def folder_splits(
+    root: str | os.PathLike[str], val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0
+) -> list[str]:
+    """The names of the splits that `ImageFolder` can give, "train" first.
+
+    Raises:
+        VizattnError: As `ImageFolder`.
+    """
+    return list(_splits(os.path.abspath(root), val_fraction, test_fraction, seed))
+
+
+def _splits(root: str, val_fraction: float, test_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
+    """Split to class to file names relative to `root`."""
+    for option, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= value < 1:
+            raise VizattnError(f"{option} is a share of the images, at least 0 and below 1, not {value}.")
+    if val_fraction + test_fraction >= 1:
+        raise VizattnError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on.")
+    if not os.path.isdir(root):
+        raise VizattnError(f"There is no folder {root}.\n{_EXPECTED.format(root=root)}{_nearest(root)}")
+    folders = {
+        split: next((name for name in names if _subfolders(os.path.join(root, name))), None)
+        for split, names in _ALIASES.items()
+    }
+    if folders["train"] is None:
+        classes = _classes(root, "")
+        _demand_images(root, "", classes)
+        parts = {name: _divide(files, val_fraction, test_fraction, seed) for name, files in classes.items()}
+        splits = ("train", "val", "test")
+        return {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(splits)}
+
+    found = {split: _classes(root, name) for split, name in folders.items() if name}
+    _demand_images(root, folders["train"], found["train"])
+    for split, classes in found.items():
+        _demand_same_classes(root, split, classes, found["train"])
+    if "val" not in found:
+        parts = {name: _divide(files, val_fraction, 0.0, seed) for name, files in found["train"].items()}
+        found["train"] = {name: part[0] for name, part in parts.items()}
+        found["val"] = {name: part[1] for name, part in parts.items()}
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def _divide(files: list[str], val_fraction: float, test_fraction: float, seed: int) -> tuple[list[str], ...]:
+    """Train, val and test part of one class; a part with a share gets at least one image while there are enough."""
+    order = sorted(files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    count = len(order)
+    test = max(round(count * test_fraction), int(test_fraction > 0 and count > 2))
+    val = max(round(count * val_fraction), int(val_fraction > 0 and count > 1))
+    val = min(val, count - test - 1) if count > test else 0
+    return sorted(order[test + val :]), sorted(order[test : test + val]), sorted(order[:test])
+
+
+def _classes(root: str, folder: str) -> dict[str, list[str]]:
+    parent = os.path.join(root, folder) if folder else root
+    prefix = f"{folder}/" if folder else ""
+    return {
+        name: [f"{prefix}{name}/{image}" for image in find_images(os.path.join(parent, name))]
+        for name in _subfolders(parent)
+    }
+
+
+def _subfolders(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name))
+
+
+def _demand_images(root: str, folder: str | None, classes: dict[str, list[str]]) -> None:
+    where = os.path.join(root, folder) if folder else root
+    empty = [name for name, files in classes.items() if not files]
+    split_names = {name for names in _ALIASES.values() for name in names}
+    if classes and not folder and split_names.issuperset(classes):
+        problem = f"There are no class folders in {_quoted(list(classes))} of {where}."
+    elif not classes:
+        problem = f"{where} has no class folders."
+    elif len(empty) == len(classes):
+        problem = f"There are no images in the class folders of {where}."
+    elif empty:
+        problem = f"There are no images for {_quoted(empty)} in {where}. Add some, or remove the empty folders."
+    else:
+        return
+    raise VizattnError(f"{problem}\n{_EXPECTED.format(root=root)}{_tree(root)}")
+
+
+def _demand_same_classes(root: str, split: str, classes: dict[str, list[str]], train: dict[str, list[str]]) -> None:
+    extra, missing = [n for n in classes if n not in train], [n for n in train if n not in classes]
+    if extra or missing:
+        problems = [f"has {_quoted(extra)}, which train lacks"] if extra else []
+        problems += [f"lacks {_quoted(missing)}, which train has"] if missing else []
+        raise VizattnError(
+            f"The classes of the {split} folder must be those of train: it {' and '.join(problems)}. A class without "
+            f"{split} images is an empty folder.\n{_tree(root)}"
+        )
+    if not any(classes.values()):
+        raise VizattnError(f"There are no images in the {split} folder.\n{_EXPECTED.format(root=root)}{_tree(root)}")
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _listed(lines: Iterable[str], indent: str = "  ") -> str:
+    lines = list(lines)
+    shown = lines[:_SHOWN] + ([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+    return "\n".join(indent + line for line in shown)
+
+
+def _nearest(path: str) -> str:
+    """The tree of the lowest folder above a missing path that does exist."""
+    while not os.path.isdir(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return _tree(path)
+
+
+def _tree(root: str) -> str:
+    """What is in a folder, two levels deep, shortened."""
+    lines = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if not entry.is_dir():
+            lines.append(entry.name)
+            continue
+        inside = sorted(os.listdir(entry.path))
+        names = ", ".join(inside[:4]) + (f", ... ({len(inside)} in all)" if len(inside) > 4 else "")
+        lines.append(f"{entry.name}/  {names or '(empty)'}")
+    return f"Found in {root}:\n{_listed(lines) if lines else '  (nothing)'}"
