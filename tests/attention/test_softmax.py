@@ -121,7 +121,7 @@ def test_heads_must_divide_the_channels() -> None:
 
 def test_choice_by_name() -> None:
     assert attention_class("softmax") is SoftmaxAttention
-    with pytest.raises(VizattnError, match="Unknown attention 'sofmax'. Did you mean 'softmax'"):
+    with pytest.raises(VizattnError, match="Unknown attention 'sofmax'\\. Did you mean 'softmax'"):
         attention_class("sofmax")
 
 
