@@ -1,7 +1,31 @@
 """Attention backbones registered into timm, and parameter-efficient adapters for them and for timm's own models."""
 
 from vizattn import models
+from vizattn.adapters import (
+    attach,
+    create_from_bundle,
+    detach,
+    disabled,
+    list_adapters,
+    load_adapter,
+    merge,
+    save_adapter,
+    trainable_summary,
+)
 from vizattn.errors import VizattnError
 from vizattn.version import __version__
 
-__all__ = ["VizattnError", "__version__", "models"]
+__all__ = [
+    "VizattnError",
+    "__version__",
+    "attach",
+    "create_from_bundle",
+    "detach",
+    "disabled",
+    "list_adapters",
+    "load_adapter",
+    "merge",
+    "models",
+    "save_adapter",
+    "trainable_summary",
+]

@@ -1,0 +1,120 @@
+"""Attention Projection Layer Adaptation, arXiv:2503.11335: train some rows of each attention's output projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vizattn.adapters.anatomy import Anatomy
+from vizattn.adapters.base import register
+from vizattn.adapters.edits import Edits
+from vizattn.errors import VizattnError
+
+__all__ = ["APLA", "PartialLinear"]
+
+
+@register("apla")
+@dataclass(frozen=True)
+class APLA:
+    """Attention Projection Layer Adaptation: train randomly chosen rows of every attention's output projection."""
+
+    num_rows: int = 128
+    """Output rows trained in each block, with their bias entries; at most the width trains the whole projection."""
+    seed: int = 0
+    """Chooses the rows; the choice is saved with the adapter."""
+
+    needs_anatomy: ClassVar[bool] = True
+    mergeable: ClassVar[Literal[True]] = True
+    hierarchical: ClassVar[bool] = True
+    dense: ClassVar[bool] = True
+    composes_with: ClassVar[tuple[str, ...]] = ("vpt", "efficient_probing")
+    cache_level: ClassVar[None] = None
+    trains_backbone: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1:
+            raise VizattnError(f"apla: num_rows must be at least 1, got {self.num_rows}.")
+
+    def attach(self, model: nn.Module, anatomy: Anatomy, edits: Edits) -> None:
+        """Replace each output projection by one that trains some of its rows.
+
+        Raises:
+            VizattnError: more rows than the narrowest projection has.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        for b in anatomy.blocks:
+            width = b.attn.proj.out_features
+            if self.num_rows > width:
+                raise VizattnError(f"apla: num_rows is {self.num_rows}, but a projection has only {width} rows.")
+            indices = torch.randperm(width, generator=generator)[: self.num_rows].sort().values
+            edits.set(b.attn, "proj", PartialLinear(b.attn.proj, indices))
+
+
+class PartialLinear(nn.Module):
+    """A linear layer (..., D_in) -> (..., D_out) of which only the rows `indices` are trained.
+
+    It shares the frozen weight and bias of `linear`, which stay as they are. Frozen rows cost neither gradient memory nor
+    time: the weight's gradient is one product with `num_rows` instead of D_out columns.
+    """
+
+    def __init__(self, linear: nn.Linear, indices: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        indices = indices.to(linear.weight.device)
+        self.register_buffer("indices", indices)
+        self.rows = nn.Parameter(linear.weight.detach()[indices].clone())
+        self.row_bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[indices].clone())
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (D_out, D_in) and bias (D_out) with the trained rows in place, detached."""
+        weight = self.weight.detach().index_copy(0, self.indices, self.rows.detach())
+        if self.bias is None or self.row_bias is None:
+            return weight, None
+        return weight, self.bias.detach().index_copy(0, self.indices, self.row_bias.detach())
+
+    def merged_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """(frozen tensor, value it has after merging)."""
+        weight, bias = self.merged()
+        return [(self.weight, weight)] + ([] if bias is None else [(self.bias, bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        weight, bias = self.merged()
+        if not torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        rows, row_bias = self.rows, self.row_bias
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, rows = x.to(dtype), weight.to(dtype), rows.to(dtype)
+            bias, row_bias = (None, None) if bias is None else (bias.to(dtype), row_bias.to(dtype))  # type: ignore[union-attr]
+        return _TrainedRows.apply(x, weight, bias, rows, row_bias, self.indices)
+
+
+class _TrainedRows(torch.autograd.Function):
+    """linear(x, weight, bias) where `weight` holds `rows` already; the gradient reaches x and the rows only."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, row_bias: Tensor | None, indices: Tensor
+    ) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, _, row_bias, indices = inputs
+        ctx.save_for_backward(x, weight, indices)
+        ctx.has_bias = row_bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indices = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        chosen = grad.flatten(0, -2).index_select(1, indices)
+        grad_rows = chosen.t() @ x.flatten(0, -2)
+        return grad_x, None, None, grad_rows, chosen.sum(0) if ctx.has_bias else None, None

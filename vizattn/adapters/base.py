@@ -1,0 +1,366 @@
+"""Attach, detach, switch off and merge adapters; the registry of methods.
+
+A method is a frozen dataclass of options, registered under a name, with a method
+``attach(model, anatomy, edits) -> nn.Module | None``. The module it returns holds what the method adds; it may define
+``forward_features``, ``forward_head`` and ``forward_intermediates``, each called as ``f(model, run, *args)`` where
+``run`` is the model's own. Everything else a method changes goes through `edits`, so that it can be undone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe
+from vizattn.adapters.edits import Edits, SetAttr, SetValues
+from vizattn.adapters.selftest import check_gradients
+from vizattn.errors import VizattnError, unknown
+
+__all__ = [
+    "METHODS",
+    "Attachment",
+    "Method",
+    "attach",
+    "attached",
+    "detach",
+    "disabled",
+    "list_adapters",
+    "make_options",
+    "merge",
+    "register",
+]
+
+
+class Method(Protocol):
+    """What a registered dataclass declares, and does."""
+
+    needs_anatomy: ClassVar[bool]
+    """False for methods that work on any timm model."""
+    mergeable: ClassVar[str | Literal[True]]
+    """True, or the reason why the weights of the backbone cannot hold what was learnt."""
+    hierarchical: ClassVar[bool]
+    """Works on pyramids such as Swin."""
+    dense: ClassVar[bool]
+    """Adapts the features of every position, not just the prediction of a class."""
+    composes_with: ClassVar[tuple[str, ...]]
+    """Methods that may be attached to the same model."""
+    cache_level: ClassVar[Literal["pooled", "tokens"] | None]
+    """Which features stay frozen and can be computed once: the pooled ones, the tokens, or none."""
+    trains_backbone: ClassVar[bool]
+    """The whole model trains, dropout and drop path included."""
+
+    def attach(self, model: nn.Module, anatomy: Anatomy | None, edits: Edits) -> nn.Module | None:
+        """Change `model` through `edits`; return the module of what is added."""
+
+
+METHODS: dict[str, type] = {}
+T = TypeVar("T", bound=type)
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Class decorator: make an options dataclass known as adapter `name`. A second use of the name raises."""
+
+    def add(method: T) -> T:
+        if name in METHODS:
+            raise ValueError(f"Adapter {name!r} is registered twice: {METHODS[name]} and {method}.")
+        METHODS[name] = method
+        return method
+
+    return add
+
+
+def list_adapters() -> list[str]:
+    """Names for `attach`."""
+    return sorted(METHODS)
+
+
+def make_options(method: str, options: dict[str, Any]) -> Any:
+    """The options of `method` as its dataclass.
+
+    Raises:
+        VizattnError: no such method, or no such option; the closest match is named.
+    """
+    if method not in METHODS:
+        raise unknown("adapter", method, METHODS)
+    names = [f.name for f in dataclasses.fields(METHODS[method])]
+    for name in options:
+        if name not in names:
+            if not names:
+                raise VizattnError(f"Adapter {method!r} has no options; got {name!r}.")
+            raise unknown(f"option of adapter {method!r}:", name, names)
+    return METHODS[method](**options)
+
+
+@dataclass
+class Attachment:
+    """One adapter on one model, with all that is needed to take it off again."""
+
+    method: str
+    options: Any
+    module: nn.Module | None
+    edits: Edits
+    values: SetValues | None
+    flags: list[tuple[nn.Parameter, bool]]
+    """`requires_grad` of the parameters before this attachment."""
+
+
+class Adapted:
+    """Mixed into the class of a model while adapters are attached."""
+
+    adapters: nn.ModuleDict
+    attachments: list[Attachment]
+
+    def _route(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(super(), name)
+        for module in self.adapters.values():
+            own = getattr(module, name, None)
+            if own is not None:
+                run = partial(own, self, run)
+        return run(*args, **kwargs)
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm, through the adapters."""
+        return self._route("forward_features", *args, **kwargs)
+
+    def forward_head(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm, through the adapters."""
+        return self._route("forward_head", *args, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm, through the adapters."""
+        return self._route("forward_intermediates", *args, **kwargs)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """A new head, trained and saved with the adapters, of the width that they feed it."""
+        replace_head(self, num_classes, self.attachments[-1].edits, *args, **kwargs)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Any:
+        """Frozen parts stay in evaluation mode: no dropout, no drop path, no moving statistics."""
+        model: Any = super()
+        if any(a.options.trains_backbone for a in self.attachments):
+            return model.train(mode)
+        model.train(False)
+        self.adapters.train(mode)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.training = mode
+        self.training = mode
+        return self
+
+
+@cache
+def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+
+
+def attached(model: nn.Module) -> list[Attachment]:
+    """The adapters on `model`, oldest first."""
+    return list(getattr(core(model), "attachments", []))
+
+
+def replace_head(model: nn.Module, num_classes: int, edits: Edits, *args: Any, **kwargs: Any) -> None:
+    """`reset_classifier` as a change that `edits` can take back."""
+    names = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    names = [names] if isinstance(names, str) else list(names)
+    owners = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
+    before = [getattr(owner, name) for owner, name in owners]
+    old_classes = model.num_classes
+    width = next((getattr(m, "head_features", None) for m in _adapters(model) if hasattr(m, "head_features")), None)
+    if width is not None and num_classes > 0:
+        like = next(model.parameters())
+        head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
+        setattr(*owners[0], head.train(model.training))
+        model.num_classes = num_classes  # type: ignore[assignment]
+    elif isinstance(model, Adapted):
+        super(Adapted, model).reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
+    else:
+        model.reset_classifier(num_classes, *args, **kwargs)  # type: ignore[operator]
+    for (owner, name), old in zip(owners, before, strict=True):
+        edits.note(SetAttr(owner, name, getattr(owner, name)), old)
+    edits.note(SetAttr(model, "num_classes", num_classes), old_classes)
+
+
+def _adapters(model: nn.Module) -> list[nn.Module]:
+    return list(getattr(model, "adapters", {}).values())
+
+
+def attach(model: nn.Module, method: str, *, keep_original: bool = True, **options: Any) -> nn.Module:
+    """Attach an adapter to a timm model, in place, and freeze what the method freezes.
+
+    Args:
+        model: Any model the method works on; timm's `features_only` models too. Attach before `torch.compile` and
+            before wrapping for distributed training.
+        method: One of `list_adapters()`.
+        keep_original: Keep a copy of the weights that will be trained, which `detach` and `disabled` need.
+        **options: Options of the method, see `vizattn info METHOD`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        VizattnError: unknown method or option, a model the method does not work on, adapters that do not compose, or
+            an adapter parameter that no gradient can reach. The model is left as it was.
+    """
+    opts = make_options(method, options)
+    outer, model = model, core(model)
+    if hasattr(model, "_orig_mod") or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise VizattnError("Attach adapters before torch.compile and before wrapping a model for parallel training.")
+    for other in attached(model):
+        if method not in other.options.composes_with or other.method not in opts.composes_with:
+            allowed = ", ".join(other.options.composes_with) or "nothing"
+            raise VizattnError(
+                f"Adapter {method!r} does not compose with {other.method!r}, which is attached and composes with "
+                f"{allowed}. Call vizattn.detach(model) first."
+            )
+    anatomy = _check_anatomy(model, method, opts)
+    edits = Edits()
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    try:
+        if not attached(model):
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            edits.set(model, "adapters", nn.ModuleDict())
+            edits.set(model, "attachments", [])
+            edits.set(model, "__class__", _adapted_class(type(model)))
+        originals = {id(p) for p, _ in flags}
+        module = opts.attach(model, anatomy, edits)
+        if module is not None:
+            like = next(model.parameters())
+            edits.set(model.adapters, method, module.to(device=like.device, dtype=like.dtype))
+        for _, head in classifiers(model):
+            head.requires_grad_(True)
+        values = None
+        if keep_original:
+            values = SetValues(_trained_tensors(model, originals))
+        model.attachments.append(Attachment(method, opts, module, edits, values, flags))  # type: ignore[union-attr, operator, arg-type]
+        if outer is not model and module is not None and hasattr(module, "adjust_wrapper"):
+            module.adjust_wrapper(outer, edits)
+        model.train(training)
+        check_gradients(model, method)
+    except BaseException:
+        if attached(model) and attached(model)[-1].edits is edits:
+            model.attachments.pop()  # type: ignore[union-attr, operator]
+        edits.undo()
+        _restore(model, flags, training)
+        raise
+    return outer
+
+
+def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:
+    if not opts.needs_anatomy:
+        return None
+    try:
+        anatomy = describe(model)
+    except VizattnError as error:
+        raise VizattnError(f"Cannot attach {method!r}: {error}") from None
+    if not anatomy.isotropic and not opts.hierarchical:
+        fitting = [n for n, m in sorted(METHODS.items()) if m.hierarchical]
+        raise VizattnError(
+            f"Cannot attach {method!r} to {type(model).__name__}: it needs tokens of one width on one grid. "
+            f"On hierarchical backbones these work: {', '.join(fitting)}."
+        )
+    return anatomy
+
+
+def _trained_tensors(model: nn.Module, originals: set[int]) -> list[Tensor]:
+    """Tensors of the model itself that training will change: parameters, and the buffers that stand beside them."""
+    tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) in originals]
+    everything = any(a.options.trains_backbone for a in attached(model))
+    for module in model.modules():
+        if everything or any(p.requires_grad and id(p) in originals for p in module.parameters(recurse=False)):
+            tensors += [
+                b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+            ]
+    return tensors
+
+
+def _restore(model: nn.Module, flags: list[tuple[nn.Parameter, bool]], training: bool) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    model.train(training)
+
+
+def _need_attached(model: nn.Module, verb: str) -> list[Attachment]:
+    attachments = attached(model)
+    if not attachments:
+        raise VizattnError(f"Nothing to {verb}: no adapter is attached to this {type(core(model)).__name__}.")
+    return attachments
+
+
+def _need_originals(attachments: list[Attachment]) -> None:
+    for a in attachments:
+        if a.values is None:
+            raise VizattnError(f"{a.method!r} was attached with keep_original=False: the weights from before are gone.")
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take all adapters off: bit for bit the model from before, head included.
+
+    Raises:
+        VizattnError: nothing is attached, or it was attached with ``keep_original=False``.
+    """
+    attachments = _need_attached(model, "detach")
+    _need_originals(attachments)
+    inner = core(model)
+    for a in reversed(attachments):
+        a.values.undo()  # type: ignore[union-attr]
+        a.edits.undo()
+        _restore(inner, a.flags, inner.training)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the model is the untouched backbone from before `attach`, its old head included.
+
+    Raises:
+        VizattnError: nothing is attached, or it was attached with ``keep_original=False``.
+    """
+    attachments = _need_attached(model, "disable")
+    _need_originals(attachments)
+    for a in reversed(attachments):
+        a.values.undo()  # type: ignore[union-attr]
+        a.edits.undo()
+    try:
+        yield model
+    finally:
+        for a in attachments:
+            a.edits.redo()
+            a.values.redo()  # type: ignore[union-attr]
+        core(model).train(core(model).training)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold the adapters into the weights, exactly; what remains is a plain timm model with the trained head.
+
+    Raises:
+        VizattnError: nothing is attached, or a method cannot be merged; the message says why.
+    """
+    attachments = _need_attached(model, "merge")
+    for a in attachments:
+        if a.options.mergeable is not True:
+            raise VizattnError(f"{a.method!r} cannot be merged: {a.options.mergeable}.")
+    inner = core(model)
+    merged = [m.merged_weights() for m in inner.modules() if hasattr(m, "merged_weights")]
+    heads = [
+        (SetAttr(inner.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], m)) for n, m in classifiers(inner)
+    ]
+    num_classes = inner.num_classes if hasattr(inner, "num_classes") else None
+    for a in reversed(attachments):
+        a.edits.undo()
+        _restore(inner, a.flags, inner.training)
+    for head in heads:
+        head.redo()
+    if num_classes is not None:
+        inner.num_classes = num_classes
+    for pairs in merged:
+        for tensor, value in pairs:
+            tensor.data.copy_(value)
+    return model

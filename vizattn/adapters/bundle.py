@@ -1,0 +1,280 @@
+"""Bundles: a folder with `adapter_config.json` and `adapter_model.safetensors`, all that an adapter learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as to_safetensors
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from vizattn.adapters.anatomy import classifiers, core
+from vizattn.adapters.base import METHODS, attach, attached, replace_head
+from vizattn.adapters.edits import Edits
+from vizattn.errors import VizattnError, closest, unknown
+from vizattn.version import __version__
+
+__all__ = [
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "WEIGHTS_NAME",
+    "adapter_state",
+    "create_from_bundle",
+    "fingerprint",
+    "load_adapter",
+    "read_bundle",
+    "save_adapter",
+]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that differs from the frozen backbone, by name: adapters, head, trained weights, changed buffers."""
+    model = core(model)
+    state = model.state_dict()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    heads = [name for name, _ in classifiers(model)]
+    beside_trained = {n.rpartition(".")[0] for n in trained}
+    buffers = {n for n, _ in model.named_buffers()}
+    everything = any(a.options.trains_backbone for a in attached(model))
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if everything
+        or name in trained
+        or name.startswith("adapters.")
+        or any(name.startswith(f"{head}.") for head in heads)
+        or (name in buffers and name.rpartition(".")[0] in beside_trained)
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of the frozen weights."""
+    model = core(model)
+    changing = adapter_state(model)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in changing:
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write the bundle of the adapters on `model`; the files appear whole or not at all.
+
+    Args:
+        model: A model with adapters attached.
+        folder: Created if it is missing.
+        class_names: Names of the classes, in the order of the logits.
+        preprocessing: How images are prepared; by default what timm says of the model.
+        metadata: Anything else worth keeping, as JSON.
+
+    Returns:
+        The folder.
+
+    Raises:
+        VizattnError: nothing is attached, or the number of names is not the number of classes.
+    """
+    inner: Any = core(model)
+    attachments = attached(inner)
+    if not attachments:
+        raise VizattnError("Nothing to save: no adapter is attached. Call vizattn.attach(model, ...) first.")
+    num_classes = int(getattr(inner, "num_classes", 0))
+    if class_names is not None and len(class_names) != num_classes:
+        raise VizattnError(f"{len(class_names)} class names for a head of {num_classes} classes.")
+    weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in adapter_state(inner).items()})
+    if preprocessing is None:
+        preprocessing = dict(resolve_model_data_config(inner))
+    config = {
+        "format_version": FORMAT_VERSION,
+        "vizattn_version": __version__,
+        "backbone": _backbone(inner),
+        "adapters": [{"method": a.method, "options": dataclasses.asdict(a.options)} for a in attachments],
+        "num_classes": num_classes,
+        "class_names": class_names,
+        "preprocessing": preprocessing,
+        "fingerprint": fingerprint(inner),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "metadata": metadata or {},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / WEIGHTS_NAME, weights)
+    _write_whole(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def _backbone(model: Any) -> dict[str, Any]:
+    cfg = model.pretrained_cfg
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if _is_plain(v) and k != "num_classes"}
+    return {"name": cfg["architecture"], "tag": cfg.get("tag") or None, "args": args}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked `adapter_config.json` of a bundle.
+
+    Raises:
+        VizattnError: no bundle there, a damaged or newer one, or a method that does not exist.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+            raise VizattnError(
+                f"{folder} is not a bundle: {name} is missing. A bundle holds {CONFIG_NAME} and {WEIGHTS_NAME}; "
+                f"found: {', '.join(found) or 'nothing' if isinstance(found, list) else found}."
+            )
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VizattnError(f"{folder / CONFIG_NAME} is damaged: {error}.") from None
+    if version != FORMAT_VERSION:
+        raise VizattnError(
+            f"{folder} has bundle format {version}, this vizattn {__version__} reads format {FORMAT_VERSION}: "
+            f"upgrade vizattn (the bundle was written by {config.get('vizattn_version', 'an unknown version')})."
+        )
+    keys = ("backbone", "adapters", "num_classes", "class_names", "preprocessing", "fingerprint", "weights_sha256")
+    missing = [k for k in keys if k not in config]
+    if missing:
+        raise VizattnError(f"{folder / CONFIG_NAME} is damaged: {', '.join(missing)} missing.")
+    for adapter in config["adapters"]:
+        if adapter["method"] not in METHODS:
+            raise unknown("adapter", adapter["method"], METHODS)
+    return config
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_original: bool = True) -> nn.Module:
+    """Attach the adapters of a bundle to the backbone they were trained on, and load what they learnt.
+
+    The head is replaced where its number of classes differs. On any error the model is left as it was.
+
+    Raises:
+        VizattnError: no bundle, a damaged or newer one, adapters attached already, or another backbone; the first
+            differences are named.
+    """
+    config = read_bundle(folder)
+    inner: Any = core(model)
+    if attached(inner):
+        raise VizattnError("This model has adapters attached already: call vizattn.detach(model) first.")
+    state = _read_weights(Path(folder), config)
+    name = inner.pretrained_cfg["architecture"] if getattr(inner, "pretrained_cfg", None) else type(inner).__name__
+    wanted = config["backbone"]
+    if name != wanted["name"]:
+        raise VizattnError(f"{folder} was trained on {_full_name(wanted)}, not on {name}.")
+    head = Edits()
+    flags = [(p, p.requires_grad) for p in inner.parameters()]
+    training = inner.training
+    try:
+        if getattr(inner, "num_classes", 0) != config["num_classes"]:
+            replace_head(inner, config["num_classes"], head)
+        for adapter in config["adapters"]:
+            attach(model, adapter["method"], keep_original=keep_original, **adapter["options"])
+        expected = adapter_state(inner)
+        _check_keys(folder, expected, state)
+        if fingerprint(inner) != config["fingerprint"]:
+            raise VizattnError(
+                f"{folder} was trained on other weights of {_full_name(wanted)}: the fingerprint of the frozen weights "
+                f"differs. Create the backbone with the same tag and pretrained=True"
+                + (f" and {wanted['args']}." if wanted["args"] else ".")
+            )
+    except BaseException:
+        for a in reversed(attached(inner)):
+            a.edits.undo()
+        head.undo()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        inner.train(training)
+        raise
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(state[key])
+    attached(inner)[0].edits.done[:0] = head.done
+    return model
+
+
+def _full_name(backbone: dict[str, Any]) -> str:
+    return backbone["name"] + (f".{backbone['tag']}" if backbone["tag"] else "")
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    data = (folder / WEIGHTS_NAME).read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+        raise VizattnError(
+            f"{folder / WEIGHTS_NAME} is damaged or truncated: its checksum is not the one in {CONFIG_NAME} "
+            f"({len(data):,} bytes found). Copy the whole bundle again."
+        )
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise VizattnError(f"{folder / WEIGHTS_NAME} is not a safetensors file: {error}.") from None
+
+
+def _check_keys(folder: Any, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    differences = [f"{k} is missing" for k in expected if k not in state]
+    differences += [f"{k} is unexpected" for k in state if k not in expected]
+    differences += [
+        f"{k} has shape {tuple(state[k].shape)}, the model wants {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    if differences:
+        more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise VizattnError(f"{folder} does not fit this model: {'; '.join(differences[:3])}{more}.")
+
+
+def create_from_bundle(folder: str | os.PathLike[str]) -> nn.Module:
+    """The backbone of a bundle, created by timm with its pretrained weights, with the adapters loaded, in eval mode.
+
+    Raises:
+        VizattnError: as `load_adapter`, or timm does not know the backbone.
+    """
+    config = read_bundle(folder)
+    backbone = config["backbone"]
+    if not timm.is_model(backbone["name"]):
+        matches = closest(backbone["name"], timm.list_models())
+        raise VizattnError(f"{folder} needs the backbone {backbone['name']!r}, unknown to timm. Close: {matches}.")
+    frozen = not any(METHODS[a["method"]].trains_backbone for a in config["adapters"])
+    model = timm.create_model(
+        _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"]
+    )
+    return load_adapter(model, folder, keep_original=False).eval()

@@ -1,0 +1,23 @@
+"""A classifier of another width, for adapters that feed the head features of their own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vizattn.adapters.anatomy import classifiers
+from vizattn.adapters.edits import Edits
+
+__all__ = ["own_head"]
+
+
+def own_head(model: nn.Module, in_features: int, edits: Edits) -> None:
+    """Put a new linear layer in the place of the model's classifier; nothing happens where there is none."""
+    for i, (name, old) in enumerate(classifiers(model)):
+        owner, _, attribute = name.rpartition(".")
+        like = next(model.parameters())
+        head: nn.Module = nn.Identity()
+        if i == 0:
+            head = nn.Linear(in_features, old.out_features, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        edits.set(model.get_submodule(owner), attribute, head)
