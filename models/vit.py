@@ -17,6 +17,7 @@ from timm.layers import (
     LayerScale,
     PatchDropout,
     PatchEmbed,
+    calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
     resample_abs_pos_embed,
@@ -170,10 +171,10 @@ class VisionTransformer(nn.Module):
                     mlp_ratio=mlp_ratio,
                     init_values=init_values,
                     proj_drop=proj_drop_rate,
-                    drop_path=drop_path_rate * i / max(depth - 1, 1),
+                    drop_path=drop_path,  # type: ignore[arg-type]  # floats for one depth
                     **dd,
                 )
-                for i in range(depth)
+                for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
             ]
         )
         reduction = self.patch_embed.feat_ratio()

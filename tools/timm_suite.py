@@ -23,6 +23,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 def our_models(pattern: str) -> list[str]:
     """The names that importing vizattn adds to timm and that match `pattern`."""
     import timm
+
     import vizattn.models
 
     names = timm.list_models()
