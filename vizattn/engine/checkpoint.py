@@ -1,0 +1,165 @@
+"""Checkpoints: tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vizattn.engine.files import replacing
+from vizattn.errors import VizattnError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "check_same_recipe",
+    "checkpoints_in",
+    "first_differences",
+    "load_model_state",
+    "load_newest",
+    "model_state",
+    "read_checkpoint",
+    "save_checkpoint",
+]
+
+FORMAT_VERSION = 1
+
+RESUMABLE_CHANGES = ("logging", "checkpoint", "data.num_workers", "cache_features")
+"""What may change when a run is resumed: none of it changes the weights."""
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole.
+
+    Raises:
+        OSError: The disk is full or read-only; what was at `path` before is unchanged.
+    """
+    with replacing(path) as temporary:
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:
+            # torch tells a failed write by a RuntimeError of its archive writer.
+            if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "Parent directory")):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+            raise
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, safely: nothing but data is accepted.
+
+    Raises:
+        VizattnError: Truncated, not one of ours, or of a newer format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise VizattnError(f"Cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or "format_version" not in state or "model" not in state:
+        raise VizattnError(f"{path} is not a checkpoint of vizattn.")
+    if state["format_version"] > FORMAT_VERSION:
+        raise VizattnError(
+            f"{path} has checkpoint format {state['format_version']}; this version of vizattn reads up to {FORMAT_VERSION}."
+        )
+    return state
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints of a run's `checkpoints` folder, oldest first."""
+    return sorted(folder.glob("iter_*.pth"))
+
+
+def load_newest(folder: Path, logger: logging.Logger) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run's `checkpoints` folder; None when there is none at all.
+
+    Raises:
+        VizattnError: There are checkpoints and none can be read.
+    """
+    failure: VizattnError | None = None
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            return read_checkpoint(path)
+        except VizattnError as error:
+            logger.warning("%s Trying the one before it.", error)
+            failure = failure or error
+    if failure:
+        raise failure
+    return None
+
+
+def first_differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
+    """Dotted names of the options that differ, with both values."""
+    flat_saved, flat_now = _flat(saved), _flat(now)
+    names = [name for name in dict.fromkeys([*flat_saved, *flat_now]) if flat_saved.get(name) != flat_now.get(name)]
+    return [
+        f"{name}: {flat_saved.get(name)!r} in the checkpoint, {flat_now.get(name)!r} now"
+        for name in names
+        if not any(name == skip or name.startswith(f"{skip}.") for skip in ignore)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        items = [_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items()]
+        return {name: entry for part in items for name, entry in part.items()}
+    return {prefix: value}
+
+
+def check_same_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """See that a checkpoint belongs to this run.
+
+    Raises:
+        VizattnError: It does not; the message names the first options that differ.
+    """
+    differences = first_differences(saved, now, RESUMABLE_CHANGES)
+    if differences:
+        raise VizattnError(
+            f"The checkpoint in {where} is of another run: {'; '.join(differences[:3])}"
+            f"{f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''}. "
+            "Resume with the same recipe and options, or start anew in another --work-dir."
+        )
+
+
+def _adapters_attached(model: nn.Module) -> bool:
+    from vizattn.adapters.base import attached
+
+    return bool(attached(model))
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: with an adapter its tensors, the head and changed buffers; else everything."""
+    if _adapters_attached(model):
+        from vizattn.adapters import adapter_state
+
+        state = adapter_state(model)
+    else:
+        state = model.state_dict()
+    # A copy: tensors of a state dict are views of what goes on changing.
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Load what `model_state` gave.
+
+    Raises:
+        VizattnError: The names or shapes are those of another model; the message names the first.
+    """
+    expected = model_state(model)
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        raise VizattnError(
+            f"The weights in {where} are of another model: {'; '.join(problems[:3])}"
+            f"{f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''}."
+        )
+    model.load_state_dict(dict(state), strict=False)

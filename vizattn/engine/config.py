@@ -1,0 +1,259 @@
+"""A run's configuration: one table of every option with its default, and the checks of what a user gives.
+
+A recipe is a Python file of plain literals (see `vizattn.engine.recipes`). What it leaves out is filled in from
+`OPTIONS`; an option that is not in the table, has the wrong type or is out of range raises `VizattnError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vizattn.errors import VizattnError, unknown
+
+__all__ = ["OPTIONS", "Option", "apply_overrides", "dump_config", "parse_overrides", "resolve_config"]
+
+REQUIRED = object()
+
+
+def _optimizers() -> Iterable[str]:
+    from timm.optim import list_optimizers
+
+    return list_optimizers()
+
+
+def _datasets() -> Iterable[str]:
+    from vizattn.data import DATASETS
+
+    return list(DATASETS)
+
+
+def _augmentations() -> Iterable[str]:
+    from vizattn.data.transforms import AUGMENTATIONS
+
+    return list(AUGMENTATIONS)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its default, the types it may have, and what values are allowed."""
+
+    default: Any
+    types: tuple[type, ...]
+    choices: Sequence[Any] | Callable[[], Iterable[str]] | None = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+
+_NONE = type(None)
+_FRACTION = {"least": 0.0, "most": 1.0}
+
+OPTIONS: dict[str, Option] = {
+    "task": Option("classification", (str,), ["classification"]),
+    "model.name": Option(REQUIRED, (str,)),
+    "model.pretrained": Option(True, (bool,)),
+    "adapter": Option(None, (dict, list, _NONE)),
+    "data.name": Option("digits", (str,), _datasets),
+    "data.root": Option(None, (str, _NONE)),
+    "data.batch_size": Option(64, (int,), least=1),
+    "data.num_workers": Option(0, (int,), least=0),
+    "data.augment": Option("none", (str,), _augmentations),
+    "optimizer.name": Option("adamw", (str,), _optimizers),
+    "optimizer.lr": Option(1e-3, (float,), above=0.0),
+    "optimizer.weight_decay": Option(1e-4, (float,), least=0.0),
+    "optimizer.momentum": Option(0.9, (float,), **_FRACTION),
+    "optimizer.layer_decay": Option(None, (float, _NONE), above=0.0, most=1.0),
+    "optimizer.clip_grad": Option(None, (float, _NONE), above=0.0),
+    "optimizer.accumulate": Option(1, (int,), least=1),
+    "schedule.name": Option("cosine", (str,), ["cosine", "constant"]),
+    "schedule.epochs": Option(20, (int,), least=1),
+    "schedule.warmup_epochs": Option(0, (float,), least=0.0),
+    "schedule.min_lr": Option(0.0, (float,), least=0.0),
+    "loss.label_smoothing": Option(0.0, (float,), least=0.0, most=0.99),
+    "loss.mixup": Option(0.0, (float,), least=0.0),
+    "loss.cutmix": Option(0.0, (float,), least=0.0),
+    "ema.decay": Option(0.999, (float,), **_FRACTION),
+    "amp": Option(None, (str, _NONE), [None, "bf16"]),
+    "cache_features": Option("auto", (str, bool), ["auto", False]),
+    "logging.interval": Option(10, (int,), least=1),
+    "logging.wandb": Option(False, (bool,)),
+    "logging.tensorboard": Option(False, (bool,)),
+    "checkpoint.interval_epochs": Option(1, (int,), least=1),
+    "checkpoint.interval_iters": Option(None, (int, _NONE), least=1),
+    "checkpoint.keep": Option(2, (int,), least=1),
+    "seed": Option(0, (int,), least=0, most=2**31 - 1),
+    "deterministic": Option(False, (bool,)),
+    "compile": Option(False, (bool,)),
+}
+"""Every option of a recipe by its dotted name."""
+
+
+def _further_options(section: str) -> set[str] | None:
+    """Names beside the table's that a section may have; None where any may be and another function checks them."""
+    if section == "model":
+        return None  # timm.create_model
+    if section == "data":
+        from vizattn.data import DATASETS
+
+        return {option for options in DATASETS.values() for option in options}
+    return set()
+
+
+OFF_BY_DEFAULT = ("ema",)
+"""Sections that are None unless given."""
+
+_SECTIONS = {name.split(".")[0] for name in OPTIONS if "." in name}
+
+
+def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with every default filled in and every value checked.
+
+    Raises:
+        VizattnError: An unknown option, a wrong type, a value that is not allowed, or a missing `model.name`.
+    """
+    given = copy.deepcopy({key: value for key, value in dict(config).items() if not key.startswith("_")})
+    top = {name.split(".")[0] for name in OPTIONS}
+    for key in given:
+        if key not in top:
+            raise unknown("option", key, top)
+    resolved: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        section, _, key = name.partition(".")
+        if not key:
+            resolved[name] = _checked(name, given.get(name, option.default), option)
+        elif section not in resolved:
+            resolved[section] = _resolve_section(section, given)
+    _check_adapters(resolved["adapter"])
+    warmup, epochs = resolved["schedule"]["warmup_epochs"], resolved["schedule"]["epochs"]
+    if warmup and warmup >= epochs:
+        raise VizattnError(
+            f"Option schedule.warmup_epochs is {warmup}, but the whole run has {epochs} epochs "
+            "(schedule.epochs): the warm-up must be shorter."
+        )
+    return resolved
+
+
+def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    values = given.get(section, {})
+    if values is None and section in OFF_BY_DEFAULT or section in OFF_BY_DEFAULT and section not in given:
+        return None
+    if not isinstance(values, Mapping):
+        raise VizattnError(f"Option {section} must be a dict of options, not {values!r}.")
+    table = {name.partition(".")[2]: option for name, option in OPTIONS.items() if name.startswith(f"{section}.")}
+    further = _further_options(section)
+    for key in values:
+        if further is not None and key not in table and key not in further:
+            raise unknown("option", f"{section}.{key}", [f"{section}.{known}" for known in {*table, *further}])
+    resolved = {}
+    for key, option in table.items():
+        value = values.get(key, option.default)
+        if value is REQUIRED:
+            raise VizattnError(f"The recipe needs {section}.{key}.")
+        resolved[key] = _checked(f"{section}.{key}", value, option)
+    return {**resolved, **{key: value for key, value in values.items() if key not in table}}
+
+
+def _checked(name: str, value: Any, option: Option) -> Any:
+    if isinstance(value, Mapping):
+        value = dict(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    if float in option.types and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    is_type = any(type(value) is kind for kind in option.types)
+    if not is_type and option.choices is None:
+        kinds = " or ".join("None" if kind is _NONE else kind.__name__ for kind in option.types)
+        raise VizattnError(f"Option {name} must be {kinds}, not {value!r}.")
+    if option.choices is not None:
+        choices = list(option.choices() if callable(option.choices) else option.choices)
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            if isinstance(value, str) and len(choices) > 8:
+                raise unknown(f"{name}", value, choices)
+            raise VizattnError(f"Option {name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+    if value is not None:
+        for bad, rule in (
+            (option.least is not None and value < option.least, f"at least {option.least:g}" if option.least is not None else ""),
+            (option.above is not None and value <= option.above, f"above {option.above:g}" if option.above is not None else ""),
+            (option.most is not None and value > option.most, f"at most {option.most:g}" if option.most is not None else ""),
+        ):
+            if bad:
+                raise VizattnError(f"Option {name} must be {rule}, not {value!r}.")
+    return value
+
+
+def _check_adapters(adapter: dict[str, Any] | list[Any] | None) -> None:
+    for entry in adapter if isinstance(adapter, list) else [adapter] if adapter is not None else []:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
+            raise VizattnError(
+                f"Option adapter must name a method, as in dict(method='vpt', num_tokens=8), not {entry!r}. "
+                "List the methods with: vizattn list --adapters"
+            )
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """``["optimizer.lr=1e-3", "data.augment=light"]`` as a dict of dotted names to values.
+
+    Values are Python literals (numbers, lists, dicts, quoted strings, None, True, False); anything else is a string.
+    """
+    overrides = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise VizattnError(f"--cfg-options takes NAME=VALUE, as in optimizer.lr=0.001, not {item!r}.")
+        overrides[name.strip()] = _literal(text.strip())
+    return overrides
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with the dotted names of `overrides` set; a number in a name is a place in a list.
+
+    Raises:
+        VizattnError: A name that leads through something that is not a section.
+    """
+    changed = copy.deepcopy(dict(config))
+    for name, value in overrides.items():
+        *path, last = name.split(".")
+        here: Any = changed
+        for depth, key in enumerate(path):
+            if isinstance(here, list):
+                here = here[_place(here, key, name)]
+            else:
+                if here.get(key) is None:
+                    here[key] = {}
+                here = here[key]
+            if not isinstance(here, dict | list):
+                raise VizattnError(f"Cannot set {name}: {'.'.join(path[: depth + 1])} is {here!r}, not a section.")
+        if isinstance(here, list):
+            here[_place(here, last, name)] = value
+        else:
+            here[last] = value
+    return changed
+
+
+def _place(values: list[Any], key: str, name: str) -> int:
+    if not key.isdigit() or int(key) >= len(values):
+        raise VizattnError(f"Cannot set {name}: {key!r} is not a place in a list of {len(values)} (0 to {len(values) - 1}).")
+    return int(key)
+
+
+def dump_config(config: Mapping[str, Any], path: Path) -> None:
+    """Write the resolved configuration as JSON; `load_recipe` reads it back."""
+    from vizattn.engine.files import write_text
+
+    write_text(path, json.dumps(config, indent=2) + "\n")

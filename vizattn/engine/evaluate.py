@@ -1,0 +1,187 @@
+"""Measure a model on a split, export it, load it again: `evaluate`, `load_trained`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from torch import nn
+
+from vizattn.engine.build import build_data, check_classes, choose_device, make_loader
+from vizattn.engine.checkpoint import load_model_state
+from vizattn.engine.config import apply_overrides, resolve_config
+from vizattn.engine.files import replacing, write_text
+from vizattn.engine.metrics import ClassificationMetric
+from vizattn.engine.runner import TaskRunner, distributed
+from vizattn.engine.task import ClassificationTask
+from vizattn.errors import VizattnError, unknown
+
+__all__ = ["Trained", "evaluate", "export", "load_trained", "measure"]
+
+
+@dataclass
+class Trained:
+    """A trained model with what is needed to use it."""
+
+    model: nn.Module = field(repr=False)
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    config: dict[str, Any] | None = field(repr=False)
+    """The recipe it was trained by, where it is known."""
+
+
+def measure(
+    model: nn.Module,
+    dataset: Any,
+    config: Mapping[str, Any],
+    device: torch.device,
+    work_dir: Path,
+    class_names: list[str],
+) -> dict[str, Any]:
+    """Metrics of `model` on `dataset`, from images, by mmengine's test loop; exact over several processes."""
+    loader = make_loader(dataset, config, device, train=False)
+    runner = TaskRunner(
+        ClassificationTask(model, len(class_names), amp=config["amp"] == "bf16"),
+        work_dir,
+        device=device,
+        log_file=work_dir / "train.log",
+        name="eval",
+        test_dataloader=loader,
+        test_cfg={},
+        test_evaluator=Evaluator(ClassificationMetric(class_names)),
+        default_hooks={"logger": None, "checkpoint": None, "timer": None, "param_scheduler": None},
+        visualizer={"type": "Visualizer", "vis_backends": []},
+    )
+    try:
+        return runner.test()
+    finally:
+        runner.close()
+
+
+def export(
+    model: nn.Module,
+    folder: Path,
+    config: Mapping[str, Any],
+    class_names: list[str],
+    preprocessing: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write what `load_trained` reads: a bundle when an adapter is attached, else `model.safetensors` and `model.json`."""
+    if config["adapter"]:
+        import vizattn
+
+        accuracy = {split: values["accuracy"] for split, values in metrics.items()}
+        vizattn.save_adapter(
+            model,
+            folder,
+            class_names=class_names,
+            preprocessing=dict(preprocessing),
+            metadata={"accuracy": accuracy, "config": dict(config)},
+        )
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    note = {
+        "format_version": 1,
+        "model": {**config["model"], "pretrained": False},
+        "num_classes": len(class_names),
+        "class_names": class_names,
+        "preprocessing": dict(preprocessing),
+        "config": dict(config),
+    }
+    write_text(folder / "model.json", json.dumps(note, indent=2) + "\n")
+
+
+def load_trained(folder: str | Path) -> Trained:
+    """The model that a run exported, in evaluation mode: from a bundle, a model folder, or a run's work directory.
+
+    Raises:
+        VizattnError: None of these, or what is there does not fit together.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "bundle", folder / "model"):
+        if (place / "adapter_config.json").is_file():
+            return _load_bundle(place)
+        if (place / "model.json").is_file():
+            return _load_model(place)
+    found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
+    raise VizattnError(
+        f"There is no trained model in {folder}: expected adapter_config.json (a bundle), model.json, or a run's work "
+        f"directory with bundle/ or model/ in it; found {', '.join(found) if found else 'nothing'}."
+    )
+
+
+def _load_bundle(folder: Path) -> Trained:
+    from vizattn.adapters import create_from_bundle, read_bundle
+
+    bundle = read_bundle(folder)
+    if not bundle.get("class_names"):
+        raise VizattnError(f"The bundle {folder} carries no class names: save it with class_names=...")
+    model = create_from_bundle(folder)
+    return Trained(model, bundle["class_names"], bundle["preprocessing"], (bundle.get("metadata") or {}).get("config"))
+
+
+def _load_model(folder: Path) -> Trained:
+    import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    import vizattn  # noqa: F401  (registers the backbones)
+
+    try:
+        note = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        version = note["format_version"]
+        if version > 1:
+            raise VizattnError(f"{folder}/model.json has format {version}; this version of vizattn reads up to 1.")
+        options = dict(note["model"])
+        model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
+        state = load_file(folder / "model.safetensors")
+        config, class_names, preprocessing = note["config"], note["class_names"], note["preprocessing"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, VizattnError):
+            raise
+        raise VizattnError(f"Cannot load the model in {folder}: {type(error).__name__}: {error}") from error
+    load_model_state(model, state, folder)
+    return Trained(model.eval(), class_names, preprocessing, config)
+
+
+def evaluate(
+    trained: str | Path | Trained,
+    *,
+    split: str = "test",
+    overrides: Mapping[str, Any] | None = None,
+    work_dir: str | Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Metrics of a trained model: accuracy, accuracy_top5, loss, samples, accuracy_per_class.
+
+    Args:
+        trained: A bundle, a model folder, a work directory, or what `load_trained` gave.
+        split: "train", "val" or "test".
+        overrides: Dotted options on top of the recipe it was trained by, as in ``{"data.root": "photos"}``.
+        work_dir: Where the log goes; by default beside the model.
+        device: By default CUDA when there is one.
+
+    Raises:
+        VizattnError: No such model or split, or data with other classes than the head's.
+    """
+    folder = Path(work_dir or (trained if not isinstance(trained, Trained) else "."))
+    trained = trained if isinstance(trained, Trained) else load_trained(trained)
+    recipe = trained.config or {"model": {"name": "none"}}
+    config = resolve_config(apply_overrides(recipe, overrides or {}))
+    data = build_data(config["data"], trained.preprocessing)
+    if split not in data.splits:
+        raise unknown("split", split, list(data.splits))
+    check_classes(data.class_names, trained.class_names, "the trained model")
+    chosen = choose_device(device)
+    with distributed(chosen):
+        return measure(trained.model, data.splits[split], config, chosen, folder, trained.class_names)

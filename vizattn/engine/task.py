@@ -1,0 +1,84 @@
+"""What is trained: a timm model with its loss, in the shape mmengine's Runner calls."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from torch import nn
+from torchvision.transforms import v2
+
+__all__ = ["ClassificationTask", "frozen_features_each"]
+
+Source = Literal["images", "split", "features"]
+
+
+def frozen_features_each(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Frozen features of a batch, computed image by image: (B, ...) in float32.
+
+    Matrix products round differently for different batch shapes. One image at a time, in a fresh (aligned) tensor,
+    is always the same computation, so an image's features do not depend on the batch it came in: this makes training
+    from stored features equal training from images bit for bit.
+    """
+    from vizattn.adapters import frozen_features
+
+    return torch.cat([frozen_features(model, image[None].clone()).float() for image in images])
+
+
+class ClassificationTask(BaseModel):
+    """Cross entropy over a timm model's logits.
+
+    Args:
+        model: Gives logits (B, num_classes) for images (B, C, H, W).
+        num_classes: Number of classes.
+        source: What `inputs` are: ``"images"``; ``"features"`` of the frozen part, stored before; ``"split"``: images
+            that go through the frozen part exactly as stored features do.
+        amp: Compute in bfloat16 autocast, on any device; parameters and loss stay in float32.
+        mixup: Alpha of mixup (arXiv:1710.09412), 0 for none.
+        cutmix: Alpha of CutMix (arXiv:1905.04899), 0 for none; with both, each batch takes one of them at random.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        source: Source = "images",
+        amp: bool = False,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.source = source
+        self.amp = amp
+        self.label_smoothing = label_smoothing
+        mixes: list[nn.Module] = []
+        if mixup:
+            mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix:
+            mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) in float32."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            if self.source == "images":
+                return self.model(inputs).float()
+            from vizattn.adapters import head_from_features
+
+            features = inputs if self.source == "features" else frozen_features_each(self.model, inputs)
+            return head_from_features(self.model, features).float()
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None, mode: str = "tensor") -> Any:
+        """``mode="loss"`` gives {"loss"}, ``"predict"`` and ``"tensor"`` give logits (B, num_classes)."""
+        if mode != "loss":
+            return self.logits(inputs)
+        targets = labels
+        if self.mix is not None:
+            inputs, targets = self.mix(inputs, labels)
+        logits = self.logits(inputs)
+        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}

@@ -1,0 +1,367 @@
+"""Train a model from a recipe: `train`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from torch import nn
+
+from vizattn.engine.build import Data, build_data, build_model, choose_device, class_names_of, make_loader
+from vizattn.engine.checkpoint import check_same_recipe, load_newest
+from vizattn.engine.config import apply_overrides, dump_config, resolve_config
+from vizattn.engine.ema import EmaHook
+from vizattn.engine.evaluate import export, measure
+from vizattn.engine.features import cache_folder, cached_features, feature_key
+from vizattn.engine.files import explain_disk_errors, prepare_folder, write_text
+from vizattn.engine.hooks import CheckpointHook, JsonLinesHook, LossGuardHook, SeedHook
+from vizattn.engine.loggers import visualizer_config
+from vizattn.engine.memory import PeakMemory
+from vizattn.engine.metrics import ClassificationMetric
+from vizattn.engine.optim import EpochOptimWrapper, build_optimizer, build_schedule
+from vizattn.engine.progress import ProgressCallback, ProgressHook, display_for
+from vizattn.engine.recipes import load_recipe, recipe_name
+from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
+from vizattn.engine.seeding import seed_from
+from vizattn.engine.task import ClassificationTask, Source
+
+__all__ = ["Result", "train", "versions"]
+
+
+@dataclass
+class Result:
+    """What a run gave; all but the model is in `results.json`."""
+
+    work_dir: str
+    metrics: dict[str, dict[str, Any]]
+    """By split ("val", and "test" if the data has it): accuracy in 0..1, accuracy_top5, loss, samples, per class."""
+    best: dict[str, float]
+    """The best validation accuracy while training, and its epoch."""
+    params: dict[str, int]
+    """Trainable "with_head" and "without_head", and "total"."""
+    seconds: float
+    peak_memory_mb: float
+    exported: str
+    """The folder of the bundle, or of the model when no adapter is attached."""
+    seed: int
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    versions: dict[str, str]
+    command: str
+    config: dict[str, Any] = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import mmengine
+    import timm
+    import torchvision
+
+    from vizattn.version import __version__
+
+    return {
+        "vizattn": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "mmengine": mmengine.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def train(
+    config: Mapping[str, Any] | str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Result:
+    """Train, evaluate and export a model.
+
+    Args:
+        config: A recipe: a dict, a path, or the name of a packaged one.
+        work_dir: Where everything goes; by default ``work_dirs/<recipe>``.
+        overrides: Dotted options to set on top of the recipe, as in ``{"optimizer.lr": 1e-3}``.
+        resume: Go on from the newest whole checkpoint in `work_dir`; the end is that of the uninterrupted run.
+        device: By default CUDA when there is one.
+        quiet: Print nothing.
+        progress: Called after each iteration.
+
+    Raises:
+        VizattnError: A mistake in the recipe or the data, a checkpoint of another run, a disk that cannot be written,
+            or a loss that is no longer a number.
+    """
+    named = not isinstance(config, Mapping)
+    recipe = load_recipe(config) if named else dict(config)  # type: ignore[arg-type]
+    resolved = resolve_config(apply_overrides(recipe, overrides or {}))
+    folder = Path(work_dir or Path("work_dirs") / (recipe_name(config) if named else "run"))  # type: ignore[arg-type]
+    chosen = choose_device(device)
+    with explain_disk_errors(folder), distributed(chosen), _Determinism(resolved["deterministic"]):
+        return _Run(resolved, folder, chosen, resume, quiet, progress).run()
+
+
+class _Determinism:
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled()
+        if self.on:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self.before)
+
+
+class _Run:
+    """One call of `train`, in the order things happen."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        work_dir: Path,
+        device: torch.device,
+        resume: bool,
+        quiet: bool,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.config, self.work_dir, self.device, self.resume = config, work_dir, device, resume
+        self.rank, self.world = rank_and_world()
+        self.display = display_for(quiet)
+        self.progress = progress
+        self.checkpoints = work_dir / "checkpoints"
+        self.logger = logging.getLogger("vizattn")
+
+    def run(self) -> Result:
+        start, memory = time.perf_counter(), PeakMemory(self.device)
+        config = self.config
+        self._prepare_work_dir()
+        # Before anything is drawn: the new head and the adapters begin from the seed.
+        seed_from(config["seed"], 3)
+        class_names = class_names_of(config)
+        model = build_model(config, len(class_names)).to(self.device)
+
+        import vizattn
+        from vizattn.data import preprocessing_of
+
+        preprocessing = preprocessing_of(model)
+        data = build_data(config["data"], preprocessing)
+        params = asdict(vizattn.trainable_summary(model)) if hasattr(vizattn, "trainable_summary") else {}
+        if self.rank == 0:
+            dump_config(config, self.work_dir / "config.json")
+        state = self._state_to_resume()
+        header = {
+            "format_version": 1,
+            "config": config,
+            "class_names": class_names,
+            "preprocessing": preprocessing,
+            "versions": versions(),
+            "fingerprint": self._fingerprint(model),
+            "world_size": self.world,
+        }
+        best = self._fit(model, data, header, state)
+        metrics = {
+            split: measure(model, data.splits[split], config, self.device, self.work_dir, class_names)
+            for split in ("val", "test")
+            if split in data.splits
+        }
+        result = Result(
+            work_dir=str(self.work_dir),
+            metrics=metrics,
+            best=best,
+            params=params,
+            seconds=round(time.perf_counter() - start, 3),
+            peak_memory_mb=round(memory.megabytes(), 1),
+            exported=str(self.work_dir / ("bundle" if config["adapter"] else "model")),
+            seed=config["seed"],
+            class_names=class_names,
+            preprocessing=preprocessing,
+            versions=header["versions"],
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            config=config,
+            model=model,
+        )
+        if self.rank == 0:
+            export(model, Path(result.exported), config, class_names, preprocessing, metrics)
+            summary = {key: value for key, value in vars(result).items() if key != "model"}
+            write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
+        return result
+
+    def _prepare_work_dir(self) -> None:
+        """A folder that can be written to; without `resume`, checkpoints of an earlier run are set aside."""
+        if self.rank == 0:
+            prepare_folder(self.work_dir)
+            if not self.resume:
+                (self.work_dir / "results.json").unlink(missing_ok=True)
+                if self.checkpoints.is_dir():
+                    aside = self.work_dir / "checkpoints.previous"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(self.checkpoints, aside)
+            self.checkpoints.mkdir(exist_ok=True)
+            for stale in self.checkpoints.glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def _state_to_resume(self) -> dict[str, Any] | None:
+        if not self.resume:
+            return None
+        state = load_newest(self.checkpoints, self.logger)
+        if state is not None:
+            check_same_recipe(
+                {**state["config"], "processes": state["world_size"]},
+                {**self.config, "processes": self.world},
+                self.checkpoints,
+            )
+        return state
+
+    def _fingerprint(self, model: nn.Module) -> str | None:
+        if not self.config["adapter"]:
+            return None
+        from vizattn.adapters import fingerprint
+
+        return fingerprint(model)
+
+    def _fit(
+        self, model: nn.Module, data: Data, header: dict[str, Any], state: dict[str, Any] | None
+    ) -> dict[str, float]:
+        config, seed = self.config, self.config["seed"]
+        if state is not None and state["fingerprint"] != header["fingerprint"]:
+            from vizattn.errors import VizattnError
+
+            raise VizattnError(
+                f"The checkpoint in {self.checkpoints} was trained on other frozen weights of {config['model']['name']}: "
+                "it cannot be resumed with these."
+            )
+        source, train_set, val_set = self._inputs(model, data)
+        workers = 0 if source == "features" else config["data"]["num_workers"]
+        loader = make_loader(train_set, config, self.device, train=True, num_workers=workers)
+        length = len(loader)
+
+        optim, schedule, loss, checkpoint = (config[key] for key in ("optimizer", "schedule", "loss", "checkpoint"))
+        optimizer = build_optimizer(
+            model, **{key: optim[key] for key in ("name", "lr", "weight_decay", "momentum", "layer_decay")}
+        )
+        wrapper = EpochOptimWrapper(optimizer, optim["accumulate"], optim["clip_grad"], length)
+        schedulers = build_schedule(optimizer, lr=optim["lr"], length=length, **schedule)
+        amp = config["amp"] == "bf16"
+        task = ClassificationTask(model, len(data.class_names), source=source, amp=amp, **loss)
+        if config["compile"]:
+            model.compile()
+
+        ema = EmaHook(model, config["ema"]["decay"]) if config["ema"] else None
+        saver = CheckpointHook(self.checkpoints, header, **checkpoint, ema=ema)
+        shown = ProgressHook(self.display, self.progress)
+        hooks = [
+            SeedHook(seed, length),
+            LossGuardHook(self.checkpoints),
+            JsonLinesHook(self.work_dir / "metrics.jsonl", config["logging"]["interval"]),
+            saver,
+            shown,
+            *([ema] if ema else []),
+        ]
+        validation: dict[str, Any] = {}
+        if val_set is not None:
+            validation = {
+                "val_dataloader": make_loader(val_set, config, self.device, train=False, num_workers=workers),
+                "val_cfg": {},
+                "val_evaluator": Evaluator(ClassificationMetric(data.class_names)),
+            }
+        runner = TaskRunner(
+            task,
+            self.work_dir,
+            device=self.device,
+            log_file=self.work_dir / "train.log",
+            name=self.work_dir.name,
+            recipe=config,
+            state=state,
+            train_dataloader=loader,
+            train_cfg={"by_epoch": True, "max_epochs": schedule["epochs"]},
+            optim_wrapper=wrapper,
+            param_scheduler=schedulers,
+            default_hooks={
+                "logger": {"type": "LoggerHook", "interval": config["logging"]["interval"]},
+                "checkpoint": None,
+                "sampler_seed": None,  # SeedHook does it
+            },
+            custom_hooks=hooks,
+            randomness={"seed": seed},
+            visualizer=visualizer_config(config["logging"], self.work_dir.name),
+            **validation,
+        )
+        try:
+            wrapper.message_hub = runner.message_hub
+            runner.train()
+        finally:
+            shown.close()
+            runner.close()
+        if ema:
+            ema.swap()
+        return saver.best
+
+    def _inputs(self, model: nn.Module, data: Data) -> tuple[Source, Any, Any]:
+        """What the loaders give: images, or stored frozen features where that is exactly the same training."""
+        from vizattn.data import is_deterministic, transform_identity
+
+        config, train_set, val_set = self.config, data.splits["train"], data.splits.get("val")
+        level = None
+        if config["adapter"]:
+            from vizattn.adapters import cache_level
+
+            level = cache_level(model)
+        mixed = config["loss"]["mixup"] or config["loss"]["cutmix"]
+        fixed = is_deterministic(data.train_transform) and not hasattr(train_set, "set_epoch")
+        if level is None or mixed or not fixed:
+            return "images", train_set, val_set
+        if config["cache_features"] is False:
+            return "split", train_set, val_set
+        amp = config["amp"] == "bf16"
+        stored = []
+        for split, dataset in (("train", train_set), ("val", val_set)):
+            if dataset is None:
+                stored.append(None)
+                continue
+            key = feature_key(
+                model,
+                dataset,
+                level=level,
+                transform=transform_identity(dataset.transform),
+                amp=amp,
+                model_args=[config["model"], config["adapter"]],
+            )
+            load = {
+                "amp": amp,
+                "batch_size": config["data"]["batch_size"],
+                "num_workers": config["data"]["num_workers"],
+                "folder": cache_folder(),
+                "description": f"features of {split}",
+                "display": self.display,
+                "logger": self.logger,
+            }
+            if self.rank == 0:
+                stored.append(cached_features(model, dataset, key, **load))
+            self._wait()
+            if self.rank != 0:
+                stored.append(cached_features(model, dataset, key, **load))
+        return "features", stored[0], stored[1]
