@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; by default those of the process.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [*(sys.argv[1:] if argv is None else argv)]  # not `list`: a subcommand here bears that name
     place = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     top = _top_parser()
     debug = top.parse_args(argv[:place]).debug
@@ -92,7 +92,7 @@ def _versions() -> str:
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(choices), n=1)
+    matches = difflib.get_close_matches(name, [*choices], n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

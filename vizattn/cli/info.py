@@ -104,10 +104,14 @@ def _show_backbone(facts: dict[str, Any]) -> str:
 
     facts = dict(facts)
     features, adapters = facts.pop("features"), facts.pop("adapters")
-    facts["adapters"] = ", ".join(name for name, reason in adapters.items() if reason is None) or "none"
-    facts["tags"] = ", ".join(facts["tags"])
+    facts["adapters"] = [name for name, reason in adapters.items() if reason is None] or "none"
     facts["preprocessing"] = ", ".join(f"{key} {value}" for key, value in facts["preprocessing"].items())
-    return f"{_facts(facts)}\n\n{columns(features)}" if features else _facts(facts)
+    unfit: dict[str, list[str]] = {}
+    for name, reason in adapters.items():
+        if reason is not None:
+            unfit.setdefault(reason.removeprefix(f"Cannot attach {name!r}: "), []).append(name)
+    parts = [_facts(facts), *(f"Not {', '.join(names)}: {reason}" for reason, names in unfit.items())]
+    return "\n\n".join([*parts, columns(features)] if features else parts)
 
 
 def _facts(facts: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vizattn predict`."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders (with all below), or globs")
-    parser.add_argument("--bundle", required=True, type=Path, help="a bundle, or the work directory of a training run")
+    parser.add_argument("--bundle", required=True, type=Path, help="a bundle, or the work directory of a run")
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
@@ -33,14 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and print; 1 if some image could not be read, which the results and stderr name."""
     from vizattn.data import build_transforms
+    from vizattn.engine.evaluate import load_trained
 
     paths = expand(args.images)
-    model, class_names, preprocessing = load_trained(args.bundle)
-    model = _to_device(model, args.device)
-    transform = build_transforms(preprocessing, train=False)
+    trained = load_trained(args.bundle)
+    model = _to_device(trained.model, args.device)
+    transform = build_transforms(trained.preprocessing, train=False)
     results = []
     for batch in _with_progress(paths, args.batch_size):
-        results += predict_batch(model, batch, transform, class_names, args.top_k)
+        results += predict_batch(model, batch, transform, trained.class_names, args.top_k)
 
     text = {"table": _table, "json": _json, "csv": _csv}[args.format](results)
     if args.output:
@@ -105,23 +106,6 @@ def predict_batch(
                 for p, c in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
     return results
-
-
-def load_trained(folder: Path) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """The model in eval mode, its class names and its preprocessing, from a bundle or from a training run.
-
-    Raises:
-        VizattnError: The folder is neither, or what it holds is damaged or of another version.
-    """
-    from vizattn.adapters import create_from_bundle, read_bundle
-
-    bundle = (
-        folder if (folder / "adapter_config.json").exists() or not (folder / "bundle").is_dir() else folder / "bundle"
-    )
-    config = read_bundle(bundle)
-    model = create_from_bundle(bundle)
-    names = config["class_names"] or [str(i) for i in range(config["num_classes"])]
-    return model, list(names), config["preprocessing"]
 
 
 def _to_device(model: nn.Module, device: str | None) -> nn.Module:

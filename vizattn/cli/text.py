@@ -21,7 +21,7 @@ def columns(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def cell(value: object) -> str:
-    """One value as people read it; a list is a size."""
+    """One value as people read it; a list of numbers is a size."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -29,7 +29,7 @@ def cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.2f}"
+        return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return " x ".join(map(str, value))
+        return (" x " if isinstance(value[0], int) else ", ").join(map(str, value))
     return str(value)

@@ -1,0 +1,127 @@
+"""`vizattn predict`: on a bundle of an untrained adapter, whose predictions are compared with the model's own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import vizattn
+from vizattn.cli import main
+from vizattn.data import build_dataset, build_transforms, preprocessing_of
+
+Capture = pytest.CaptureFixture[str]
+CLASSES = ["nought", "one", "two", "three, thrice"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_va_nano_patch4_32", pretrained=True, num_classes=len(CLASSES))
+    vizattn.attach(model, "vpt", num_tokens=2)
+    torch.nn.init.normal_(model.get_classifier().weight)  # type: ignore[operator]
+    folder = tmp_path_factory.mktemp("run") / "bundle"
+    vizattn.save_adapter(model, folder, class_names=CLASSES, preprocessing=preprocessing_of(model))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    digits = build_dataset("digits", "test")
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name, i in (("a.png", 0), ("b.png", 1), ("more/c.png", 2)):
+        digits[i][0].save(folder / name)
+    return folder
+
+
+def predict_json(capsys: Capture, *argv: object) -> list[dict]:
+    assert main(["predict", *map(str, argv), "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_folder_gives_what_the_model_gives(bundle: Path, pictures: Path, capsys: Capture) -> None:
+    results = predict_json(capsys, pictures, "--bundle", bundle, "--batch-size", 2)
+    assert [result["image"] for result in results] == [str(pictures / n) for n in ("a.png", "b.png", "more/c.png")]
+
+    model = vizattn.adapters.create_from_bundle(bundle)
+    transform = build_transforms(preprocessing_of(model), train=False)
+    images = torch.stack([transform(Image.open(result["image"]).convert("RGB")) for result in results])
+    with torch.no_grad():
+        probabilities = model(images).softmax(-1)
+    for result, row in zip(results, probabilities):
+        assert [p["class"] for p in result["predictions"]] == [CLASSES[i] for i in row.argsort(descending=True)]
+        best = result["predictions"][0]["probability"]
+        assert best == pytest.approx(row.max().item(), abs=1e-5)
+
+
+def test_globs_files_and_repetitions(bundle: Path, pictures: Path, capsys: Capture) -> None:
+    results = predict_json(capsys, pictures / "*.png", pictures / "a.png", "--bundle", bundle, "--top-k", 1)
+    assert [Path(result["image"]).name for result in results] == ["a.png", "b.png"]
+    assert all(len(result["predictions"]) == 1 for result in results)
+
+
+def test_a_training_run_is_taken_for_its_bundle(bundle: Path, pictures: Path, capsys: Capture) -> None:
+    one = predict_json(capsys, pictures / "a.png", "--bundle", bundle)
+    assert one == predict_json(capsys, pictures / "a.png", "--bundle", bundle.parent)
+
+
+def test_table_and_csv(bundle: Path, pictures: Path, capsys: Capture, tmp_path: Path) -> None:
+    assert main(["predict", str(pictures), "--bundle", str(bundle)]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 4 and " %" in table
+
+    file = tmp_path / "out.csv"
+    assert main(["predict", str(pictures), "--bundle", str(bundle), "--format", "csv", "--output", str(file)]) == 0
+    assert capsys.readouterr().out == ""
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    assert len(rows) == 3 * len(CLASSES)
+    assert {row["class"] for row in rows} == set(CLASSES)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_unreadable_images_are_named_and_the_others_go_on(bundle: Path, pictures: Path, capsys: Capture) -> None:
+    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:60])
+    (pictures / "text.jpg").write_text("not an image")
+    assert main(["predict", str(pictures), "--bundle", str(bundle), "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    results = {Path(result["image"]).name: result for result in json.loads(out)}
+    assert "error" in results["broken.png"] and results["text.jpg"]["error"] == "not an image file"
+    assert "predictions" in results["a.png"] and "predictions" in results["c.png"]
+    assert "broken.png" in err and "text.jpg" in err and "2 of 5 images could not be read." in err
+
+
+def test_missing_inputs_are_mistakes(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["predict", "nothing*.png", "--bundle", str(bundle)]) == 2
+    assert "nothing*.png" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(tmp_path / "empty"), "--bundle", str(bundle)]) == 2
+    assert "There are no images below" in capsys.readouterr().err
+
+
+def test_not_a_bundle(pictures: Path, capsys: Capture) -> None:
+    assert main(["predict", str(pictures), "--bundle", str(pictures)]) == 2
+    assert str(pictures) in capsys.readouterr().err
+
+
+def test_damaged_bundle(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capture) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle, damaged)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["predict", str(pictures), "--bundle", str(damaged)]) == 2
+    assert str(damaged) in capsys.readouterr().err
+
+
+def test_unusable_device_and_output(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["predict", str(pictures), "--bundle", str(bundle), "--device", "gpu"]) == 2
+    assert "'gpu'" in capsys.readouterr().err
+    assert main(["predict", str(pictures), "--bundle", str(bundle), "--output", str(tmp_path / "no" / "x.csv")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
