@@ -1,8 +1,8 @@
 """Letters A-Z and a-z drawn on the fly, in fonts that ship inside matplotlib and Pillow; no digits.
 
 Each letter of each font is rendered once into an atlas of signed distances (Frisken et al., "Adaptively sampled
-distance fields", SIGGRAPH 2000), so that one batched look-up applies the affine map and the elastic warp while a threshold
-on the distance sets the stroke width, constant or uneven along the stroke.
+distance fields", SIGGRAPH 2000), so that one batched look-up applies the affine map and the elastic warp while a
+threshold on the distance sets the stroke width, constant or uneven along the stroke.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 __all__ = ["IMAGE_SUFFIXES", "find_images", "load_rgb", "unreadable"]
 
 IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm")
-    + (".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"}
+    | {".tiff", ".webp"}
 )
 # How files that were written to the end finish; without it the file is decoded to see.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\x3b"}

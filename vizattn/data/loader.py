@@ -34,8 +34,8 @@ def build_loader(
     Args:
         dataset: A map-style data set; its `transform` may be random.
         batch_size: Images a batch on each rank.
-        train: Shuffle, seed the transforms, and give each rank equally many images by repeating a few. Otherwise images keep their order
-            and each comes exactly once, so ranks may differ by one image.
+        train: Shuffle, seed the transforms, and give each rank equally many images by repeating a few. Otherwise
+            images keep their order and each comes exactly once, so ranks may differ by one image.
         seed: Of the order and of random transforms.
         num_workers: Processes that load.
         rank: This process among `world_size`.

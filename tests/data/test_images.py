@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from vizattn.data.images import find_images, load_rgb, unreadable
+
+
+@pytest.fixture
+def photo():
+    ramp = np.linspace(0, 255, 64 * 48 * 3).reshape(48, 64, 3)
+    return Image.fromarray((ramp + np.random.default_rng(0).normal(0, 20, ramp.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "I;16", "F", "YCbCr"])
+def test_every_mode_becomes_rgb(mode, photo, tmp_path):
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = photo.convert(mode)
+    suffix = {"F": "tiff", "CMYK": "jpg", "YCbCr": "jpg"}.get(mode, "png")
+    image.save(tmp_path / f"x.{suffix}")
+    loaded = load_rgb(tmp_path / f"x.{suffix}")
+    assert loaded.mode == "RGB" and loaded.size == photo.size
+    grey, expected = np.asarray(loaded.convert("L"), float), np.asarray(photo.convert("L"), float)
+    assert abs(grey.mean() - expected.mean()) < 4  # the same brightness
+    if mode != "1":
+        assert abs(grey - expected).mean() < 12  # and the same picture
+
+
+def test_16_bits_are_scaled_by_257(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 7, 65535]], dtype=np.uint16)).save(tmp_path / "x.png")
+    assert np.asarray(load_rgb(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 7, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparent_parts_become_white(mode, tmp_path):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
+    image.convert(mode).save(tmp_path / "x.png", **({"transparency": 0} if mode == "P" else {}))
+    pixels = np.asarray(load_rgb(tmp_path / "x.png"))
+    if mode == "RGBA":
+        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 3].tolist() == [255, 0, 0]
+    else:
+        palette_zero = np.asarray(image.convert("P")) == 0
+        assert (pixels[palette_zero] == 255).all()
+
+
+def test_exif_orientation_is_applied(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo.save(tmp_path / "x.png", exif=exif)
+    loaded = load_rgb(tmp_path / "x.png")
+    assert np.array_equal(np.asarray(loaded), np.rot90(np.asarray(photo), -1))
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert load_rgb(tmp_path / "x.gif").getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_broken_files_are_found(suffix, whole, photo, tmp_path):
+    good, cut, empty, text = (str(tmp_path / f"{name}.{suffix}") for name in ("good", "cut", "empty", "text"))
+    photo.save(good)
+    data = (tmp_path / f"good.{suffix}").read_bytes()
+    for path, content in ((cut, data[: len(data) // 2]), (empty, b""), (text, b"this is no picture" * 50)):
+        with open(path, "wb") as file:
+            file.write(content)
+    found = unreadable([good, cut, empty, text, str(tmp_path / "missing.png")], whole=whole)
+    assert list(found) == [cut, empty, text, str(tmp_path / "missing.png")]
+    assert found[empty] == "the file is empty" and found[text] == "not an image file"
+    for path in (cut, empty, text):
+        with pytest.raises(OSError):
+            load_rgb(path)
+
+
+def test_damage_in_the_middle_is_found_by_decoding(photo, tmp_path):
+    path = tmp_path / "x.png"
+    photo.save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    path.write_bytes(data)
+    assert list(unreadable([str(path)], whole=True)) == [str(path)]
+
+
+def test_a_repaired_file_is_looked_at_again(photo, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"no")
+    assert unreadable([str(path)], whole=False)
+    photo.save(path)
+    assert not unreadable([str(path)], whole=False)
+
+
+def test_images_are_found_sorted_and_hidden_files_left_out(photo, tmp_path):
+    for name in ("b.JPG", "a.png", "deep/er/c.png", ".hidden.png", ".thumbs/d.png", "__MACOSX/e.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(tmp_path / name, format="PNG")
+    assert find_images(str(tmp_path)) == ["a.png", "b.JPG", "deep/er/c.png"]
