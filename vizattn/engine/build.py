@@ -13,19 +13,17 @@ from torch.utils.data import DataLoader
 from vizattn.engine.runner import rank_and_world
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["Data", "build_data", "build_model", "check_classes", "choose_device", "data_options", "make_loader"]
+__all__ = ["Data", "build_data", "build_model", "check_classes", "choose_device", "make_loader", "set_transforms"]
 
 _LOADING = ("name", "root", "batch_size", "num_workers", "augment")
 
 
 @dataclass
 class Data:
-    """The splits of a run's data set, as images through their transforms."""
+    """The splits of a run's data set."""
 
     splits: dict[str, Any]
     class_names: list[str]
-    train_transform: Any
-    transform: Any
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -47,32 +45,29 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def data_options(data: Mapping[str, Any]) -> dict[str, Any]:
+def _data_options(data: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe's data section that are the data set's own."""
     return {key: value for key, value in data.items() if key not in _LOADING}
 
 
-def class_names_of(config: Mapping[str, Any]) -> list[str]:
-    """The class names of the recipe's data."""
-    from vizattn.data import build_dataset
+def build_data(data: Mapping[str, Any]) -> Data:
+    """Every split the data set has, without a transform yet: that depends on the model, which needs the classes."""
+    from vizattn.data import available_splits, build_dataset
 
-    data = config["data"]
-    dataset: Any = build_dataset(data["name"], "train", root=data["root"], **data_options(data))
-    return list(dataset.class_names)
+    options = _data_options(data)
+    splits: dict[str, Any] = {
+        split: build_dataset(data["name"], split, root=data["root"], **options)
+        for split in available_splits(data["name"], root=data["root"], **options)
+    }
+    return Data(splits, list(splits["train"].class_names))
 
 
-def build_data(data: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Data:
-    """Every split the data set has."""
-    from vizattn.data import available_splits, build_dataset, build_transforms
+def set_transforms(data: Data, preprocessing: Mapping[str, Any], augment: str) -> None:
+    """Give each split its transform: `augment` is for training."""
+    from vizattn.data import build_transforms
 
-    options = data_options(data)
-    transform = build_transforms(dict(preprocessing), train=False)
-    train_transform = build_transforms(dict(preprocessing), train=True, augment=data["augment"])
-    splits: dict[str, Any] = {}
-    for split in available_splits(data["name"], root=data["root"], **options):
-        chosen = train_transform if split == "train" else transform
-        splits[split] = build_dataset(data["name"], split, root=data["root"], transform=chosen, **options)
-    return Data(splits, list(splits["train"].class_names), train_transform, transform)
+    for split, dataset in data.splits.items():
+        dataset.transform = build_transforms(dict(preprocessing), train=split == "train", augment=augment)
 
 
 def make_loader(
@@ -139,5 +134,3 @@ def check_classes(given: list[str], expected: list[str], what: str) -> None:
         f"The classes of the data are not those of {what}: class {place} is {given[place]!r} in the data "
         f"and {expected[place]!r} in the head."
     )
-
-

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vizattn.adapters import adapter_state, attached
 from vizattn.engine.files import replacing
 from vizattn.errors import VizattnError
 
@@ -64,7 +65,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise VizattnError(f"{path} is not a checkpoint of vizattn.")
     if state["format_version"] > FORMAT_VERSION:
         raise VizattnError(
-            f"{path} has checkpoint format {state['format_version']}; this version of vizattn reads up to {FORMAT_VERSION}."
+            f"{path} has checkpoint format {state['format_version']}; "
+            f"this version of vizattn reads up to {FORMAT_VERSION}."
         )
     return state
 
@@ -125,17 +127,9 @@ def check_same_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: P
         )
 
 
-def _adapters_attached(model: nn.Module) -> bool:
-    from vizattn.adapters.base import attached
-
-    return bool(attached(model))
-
-
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: with an adapter its tensors, the head and changed buffers; else everything."""
-    if _adapters_attached(model):
-        from vizattn.adapters import adapter_state
-
+    if attached(model):
         state = adapter_state(model)
     else:
         state = model.state_dict()

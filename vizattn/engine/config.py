@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ REQUIRED = object()
 def _optimizers() -> Iterable[str]:
     from timm.optim import list_optimizers
 
-    return list_optimizers()
+    return [str(name) for name in list_optimizers()]
 
 
 def _datasets() -> Iterable[str]:
@@ -52,7 +53,6 @@ class Option:
 
 
 _NONE = type(None)
-_FRACTION = {"least": 0.0, "most": 1.0}
 
 OPTIONS: dict[str, Option] = {
     "task": Option("classification", (str,), ["classification"]),
@@ -67,7 +67,7 @@ OPTIONS: dict[str, Option] = {
     "optimizer.name": Option("adamw", (str,), _optimizers),
     "optimizer.lr": Option(1e-3, (float,), above=0.0),
     "optimizer.weight_decay": Option(1e-4, (float,), least=0.0),
-    "optimizer.momentum": Option(0.9, (float,), **_FRACTION),
+    "optimizer.momentum": Option(0.9, (float,), least=0.0, most=1.0),
     "optimizer.layer_decay": Option(None, (float, _NONE), above=0.0, most=1.0),
     "optimizer.clip_grad": Option(None, (float, _NONE), above=0.0),
     "optimizer.accumulate": Option(1, (int,), least=1),
@@ -78,7 +78,7 @@ OPTIONS: dict[str, Option] = {
     "loss.label_smoothing": Option(0.0, (float,), least=0.0, most=0.99),
     "loss.mixup": Option(0.0, (float,), least=0.0),
     "loss.cutmix": Option(0.0, (float,), least=0.0),
-    "ema.decay": Option(0.999, (float,), **_FRACTION),
+    "ema.decay": Option(0.999, (float,), least=0.0, most=1.0),
     "amp": Option(None, (str, _NONE), [None, "bf16"]),
     "cache_features": Option("auto", (str, bool), ["auto", False]),
     "logging.interval": Option(10, (int,), least=1),
@@ -141,7 +141,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
     values = given.get(section, {})
-    if values is None and section in OFF_BY_DEFAULT or section in OFF_BY_DEFAULT and section not in given:
+    if (values is None and section in OFF_BY_DEFAULT) or (section in OFF_BY_DEFAULT and section not in given):
         return None
     if not isinstance(values, Mapping):
         raise VizattnError(f"Option {section} must be a dict of options, not {values!r}.")
@@ -176,14 +176,13 @@ def _checked(name: str, value: Any, option: Option) -> Any:
             if isinstance(value, str) and len(choices) > 8:
                 raise unknown(f"{name}", value, choices)
             raise VizattnError(f"Option {name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
-    if value is not None:
-        for bad, rule in (
-            (option.least is not None and value < option.least, f"at least {option.least:g}" if option.least is not None else ""),
-            (option.above is not None and value <= option.above, f"above {option.above:g}" if option.above is not None else ""),
-            (option.most is not None and value > option.most, f"at most {option.most:g}" if option.most is not None else ""),
-        ):
-            if bad:
-                raise VizattnError(f"Option {name} must be {rule}, not {value!r}.")
+    for bound, wrong, words in (
+        (option.least, operator.lt, "at least"),
+        (option.above, operator.le, "above"),
+        (option.most, operator.gt, "at most"),
+    ):
+        if value is not None and bound is not None and wrong(value, bound):
+            raise VizattnError(f"Option {name} must be {words} {bound:g}, not {value!r}.")
     return value
 
 
@@ -248,7 +247,9 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 def _place(values: list[Any], key: str, name: str) -> int:
     if not key.isdigit() or int(key) >= len(values):
-        raise VizattnError(f"Cannot set {name}: {key!r} is not a place in a list of {len(values)} (0 to {len(values) - 1}).")
+        raise VizattnError(
+            f"Cannot set {name}: {key!r} is not a place in a list of {len(values)} (0 to {len(values) - 1})."
+        )
     return int(key)
 
 

@@ -12,7 +12,7 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from vizattn.engine.build import build_data, check_classes, choose_device, make_loader
+from vizattn.engine.build import build_data, check_classes, choose_device, make_loader, set_transforms
 from vizattn.engine.checkpoint import load_model_state
 from vizattn.engine.config import apply_overrides, resolve_config
 from vizattn.engine.files import replacing, write_text
@@ -71,7 +71,7 @@ def export(
     preprocessing: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write what `load_trained` reads: a bundle when an adapter is attached, else `model.safetensors` and `model.json`."""
+    """Write what `load_trained` reads: a bundle with an adapter, else `model.safetensors` and `model.json`."""
     if config["adapter"]:
         import vizattn
 
@@ -178,7 +178,8 @@ def evaluate(
     trained = trained if isinstance(trained, Trained) else load_trained(trained)
     recipe = trained.config or {"model": {"name": "none"}}
     config = resolve_config(apply_overrides(recipe, overrides or {}))
-    data = build_data(config["data"], trained.preprocessing)
+    data = build_data(config["data"])
+    set_transforms(data, trained.preprocessing, "none")
     if split not in data.splits:
         raise unknown("split", split, list(data.splits))
     check_classes(data.class_names, trained.class_names, "the trained model")

@@ -121,7 +121,7 @@ def _features(model: nn.Module, batches: Any, amp: bool, labels: list[int]) -> I
 
 
 def _write(path: Path, batches: Iterator[np.ndarray], size: int) -> None:
-    """One .npy of all batches, written piece by piece: a full disk shows as an OSError (a memory map would be a SIGBUS)."""
+    """One .npy of all batches, piece by piece: a full disk is an OSError here, and a SIGBUS through a memory map."""
     with open(path, "wb") as file:
         rows = 0
         for batch in batches:

@@ -27,7 +27,7 @@ _DISK_ERRORS = {
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; what is written there becomes `path` at the end, or vanishes on an error."""
+    """Gives a temporary path beside `path`; what is written there becomes `path` at the end, or vanishes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

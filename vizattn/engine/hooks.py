@@ -51,7 +51,7 @@ class LossGuardHook(Hook):
         self.folder = folder
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        loss = float(outputs["loss"])
+        loss = outputs["loss"].item()
         if not math.isfinite(loss):
             raise VizattnError(f"The loss became {loss} at {_place(runner)}. {last_good(self.folder)}")
 
@@ -201,7 +201,7 @@ class JsonLinesHook(Hook):
             {
                 "iteration": runner.iter + 1,
                 "epoch": runner.epoch + 1,
-                "loss": float(outputs["loss"]),
+                "loss": outputs["loss"].item(),
                 "lr": runner.optim_wrapper.optimizer.param_groups[-1]["lr"],
                 "seconds": runner.message_hub.get_scalar("train/time").current(),
             }

@@ -20,6 +20,8 @@ class ClassificationMetric(BaseMetric):
     (see `EvalSampler`): the result does not depend on the number of processes.
     """
 
+    default_prefix = ""
+
     def __init__(self, class_names: Sequence[str]) -> None:
         super().__init__()
         self.class_names = list(class_names)

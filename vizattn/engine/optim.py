@@ -21,7 +21,7 @@ class EpochOptimWrapper(OptimWrapper):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, accumulate: int, clip_grad: float | None, length: int) -> None:
-        super().__init__(optimizer, accumulate, dict(max_norm=clip_grad) if clip_grad else None)
+        super().__init__(optimizer, accumulate, {"max_norm": clip_grad} if clip_grad else None)
         self.length = length
 
     def steps_after(self, iteration: int) -> bool:
@@ -83,10 +83,9 @@ def build_schedule(
     epochs: int,
     length: int,
 ) -> list[Any]:
-    """Linear warm-up, then a cosine down to `min_lr` (or no change), stepped every iteration.
+    """Linear warm-up, then a cosine down to `min_lr` (or no change), stepped each iteration; `length` make an epoch.
 
-    Args:
-        length: Iterations an epoch.
+    With layer decay each group falls to the same share of its own rate, `min_lr / lr`.
     """
     total, warm = epochs * length, math.floor(warmup_epochs * length)
     schedule: list[Any] = []
@@ -95,8 +94,6 @@ def build_schedule(
     if name == "cosine":
         ratio = min(min_lr / lr, 1.0)
         schedule.append(
-            CosineAnnealingLR(
-                optimizer, T_max=total - warm, eta_min_ratio=ratio, begin=warm, end=total, by_epoch=False
-            )
+            CosineAnnealingLR(optimizer, T_max=total - warm, eta_min_ratio=ratio, begin=warm, end=total, by_epoch=False)
         )
     return schedule

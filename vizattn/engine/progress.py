@@ -75,7 +75,7 @@ class ProgressHook(Hook):
         self.task = self.bar.add_task("train", total=runner.max_iters, completed=runner.iter, note="")
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.loss = float(outputs["loss"])
+        self.loss = outputs["loss"].item()
         done = runner.iter + 1
         if self.callback:
             lr = runner.optim_wrapper.optimizer.param_groups[-1]["lr"]

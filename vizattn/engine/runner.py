@@ -22,7 +22,7 @@ from torch import nn
 from vizattn.engine.checkpoint import load_model_state
 from vizattn.engine.task import ClassificationTask
 
-__all__ = ["TaskRunner", "distributed", "rank_and_world"]
+__all__ = ["TaskRunner", "distributed", "is_main_process", "rank_and_world"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,6 +30,11 @@ def rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes files; true after the group of processes is gone, by torchrun's number."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
@@ -62,6 +67,8 @@ class TaskRunner(Runner):
         kwargs: The Runner's own arguments.
     """
 
+    _has_loaded: bool
+
     def __init__(
         self,
         task: ClassificationTask,
@@ -93,6 +100,10 @@ class TaskRunner(Runner):
 
     def dump_config(self) -> None:
         """The recipe is written by whoever resolved it."""
+
+    def get_hooks_info(self) -> str:
+        """One line for the log instead of a page."""
+        return ", ".join(type(hook).__name__ for hook in self.hooks)
 
     def _init_model_weights(self) -> None:
         """timm models have an `init_weights` of their own that would wipe pretrained weights."""

@@ -73,7 +73,7 @@ class ClassificationTask(BaseModel):
             features = inputs if self.source == "features" else frozen_features_each(self.model, inputs)
             return head_from_features(self.model, features).float()
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None, mode: str = "tensor") -> Any:
+    def forward(self, inputs: torch.Tensor, labels: Any = None, mode: str = "tensor") -> Any:
         """``mode="loss"`` gives {"loss"}, ``"predict"`` and ``"tensor"`` give logits (B, num_classes)."""
         if mode != "loss":
             return self.logits(inputs)

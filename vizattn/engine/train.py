@@ -19,7 +19,9 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from vizattn.engine.build import Data, build_data, build_model, choose_device, class_names_of, make_loader
+import vizattn
+from vizattn.data import is_deterministic, preprocessing_of, transform_identity
+from vizattn.engine.build import Data, build_data, build_model, choose_device, make_loader, set_transforms
 from vizattn.engine.checkpoint import check_same_recipe, load_newest
 from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
@@ -36,6 +38,7 @@ from vizattn.engine.recipes import load_recipe, recipe_name
 from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import ClassificationTask, Source
+from vizattn.errors import VizattnError
 
 __all__ = ["Result", "train", "versions"]
 
@@ -55,6 +58,8 @@ class Result:
     peak_memory_mb: float
     exported: str
     """The folder of the bundle, or of the model when no adapter is attached."""
+    main_process: bool
+    """Under torchrun: whether this is the process that wrote the files."""
     seed: int
     class_names: list[str]
     preprocessing: dict[str, Any]
@@ -154,21 +159,17 @@ class _Run:
         start, memory = time.perf_counter(), PeakMemory(self.device)
         config = self.config
         self._prepare_work_dir()
-        # Before anything is drawn: the new head and the adapters begin from the seed.
-        seed_from(config["seed"], 3)
-        class_names = class_names_of(config)
+        data = build_data(config["data"])
+        class_names = data.class_names
+        seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
         model = build_model(config, len(class_names)).to(self.device)
-
-        import vizattn
-        from vizattn.data import preprocessing_of
-
         preprocessing = preprocessing_of(model)
-        data = build_data(config["data"], preprocessing)
-        params = asdict(vizattn.trainable_summary(model)) if hasattr(vizattn, "trainable_summary") else {}
+        set_transforms(data, preprocessing, config["data"]["augment"])
+        params = asdict(vizattn.trainable_summary(model))
         if self.rank == 0:
             dump_config(config, self.work_dir / "config.json")
         state = self._state_to_resume()
-        header = {
+        header: dict[str, Any] = {
             "format_version": 1,
             "config": config,
             "class_names": class_names,
@@ -178,7 +179,7 @@ class _Run:
             "world_size": self.world,
         }
         best = self._fit(model, data, header, state)
-        metrics = {
+        metrics: dict[str, dict[str, Any]] = {
             split: measure(model, data.splits[split], config, self.device, self.work_dir, class_names)
             for split in ("val", "test")
             if split in data.splits
@@ -191,6 +192,7 @@ class _Run:
             seconds=round(time.perf_counter() - start, 3),
             peak_memory_mb=round(memory.megabytes(), 1),
             exported=str(self.work_dir / ("bundle" if config["adapter"] else "model")),
+            main_process=self.rank == 0,
             seed=config["seed"],
             class_names=class_names,
             preprocessing=preprocessing,
@@ -201,7 +203,7 @@ class _Run:
         )
         if self.rank == 0:
             export(model, Path(result.exported), config, class_names, preprocessing, metrics)
-            summary = {key: value for key, value in vars(result).items() if key != "model"}
+            summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
             write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
         return result
 
@@ -248,11 +250,9 @@ class _Run:
     ) -> dict[str, float]:
         config, seed = self.config, self.config["seed"]
         if state is not None and state["fingerprint"] != header["fingerprint"]:
-            from vizattn.errors import VizattnError
-
             raise VizattnError(
-                f"The checkpoint in {self.checkpoints} was trained on other frozen weights of {config['model']['name']}: "
-                "it cannot be resumed with these."
+                f"The checkpoint in {self.checkpoints} was trained on other frozen weights of "
+                f"{config['model']['name']}: it cannot be resumed with these."
             )
         source, train_set, val_set = self._inputs(model, data)
         workers = 0 if source == "features" else config["data"]["num_workers"]
@@ -322,8 +322,6 @@ class _Run:
 
     def _inputs(self, model: nn.Module, data: Data) -> tuple[Source, Any, Any]:
         """What the loaders give: images, or stored frozen features where that is exactly the same training."""
-        from vizattn.data import is_deterministic, transform_identity
-
         config, train_set, val_set = self.config, data.splits["train"], data.splits.get("val")
         level = None
         if config["adapter"]:
@@ -331,13 +329,13 @@ class _Run:
 
             level = cache_level(model)
         mixed = config["loss"]["mixup"] or config["loss"]["cutmix"]
-        fixed = is_deterministic(data.train_transform) and not hasattr(train_set, "set_epoch")
+        fixed = is_deterministic(train_set.transform) and not hasattr(train_set, "set_epoch")
         if level is None or mixed or not fixed:
             return "images", train_set, val_set
         if config["cache_features"] is False:
             return "split", train_set, val_set
         amp = config["amp"] == "bf16"
-        stored = []
+        stored: list[Any] = []
         for split, dataset in (("train", train_set), ("val", val_set)):
             if dataset is None:
                 stored.append(None)

@@ -1,0 +1,73 @@
+"""Measure a trained model or a bundle on a split of its data, or of another folder with the same classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vizattn eval`."""
+    parser.add_argument(
+        "trained",
+        metavar="CONFIG|WORK_DIR",
+        nargs="?",
+        help="the work directory of a run, or the recipe it was trained by (looked up in work_dirs/<recipe>)",
+    )
+    parser.add_argument("--bundle", metavar="DIR", help="measure this bundle instead")
+    parser.add_argument("--data", metavar="DIR", help="a folder of images, one sub-folder a class")
+    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument(
+        "--cfg-options", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="set options of the recipe"
+    )
+    parser.add_argument("--amp", choices=["bf16"], help="compute in bfloat16 autocast, on CPU too")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print a table or JSON."""
+    from vizattn.engine import evaluate
+    from vizattn.engine.config import parse_overrides
+    from vizattn.engine.recipes import find_recipe, recipe_name
+    from vizattn.engine.runner import is_main_process
+    from vizattn.errors import VizattnError
+
+    folder = args.bundle or args.trained
+    if folder is None or (args.bundle and args.trained):
+        raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
+    if not Path(folder).is_dir():
+        if args.bundle:
+            raise VizattnError(f"There is no bundle {folder}: no such folder.")
+        trained = Path("work_dirs") / recipe_name(find_recipe(folder))
+        if not trained.is_dir():
+            raise VizattnError(f"{folder} has not been trained yet: there is no {trained}. See: vizattn train --help")
+        folder = trained
+    overrides = {"amp": args.amp} if args.amp else {}
+    if args.data is not None:
+        overrides |= {"data.name": "folder", "data.root": args.data}
+    metrics = evaluate(
+        folder, split=args.split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device
+    )
+    if not is_main_process():
+        return 0
+    if args.json:
+        print(json.dumps({"model": str(folder), "split": args.split, **metrics}, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{folder}: {args.split}, {metrics['samples']} images")
+    table.add_column("class")
+    table.add_column("accuracy", justify="right")
+    for name, accuracy in metrics["accuracy_per_class"].items():
+        table.add_row(name, "no images" if accuracy is None else f"{accuracy:.2%}")
+    table.add_section()
+    table.add_row("top-1", f"{metrics['accuracy']:.2%}")
+    table.add_row("top-5", f"{metrics['accuracy_top5']:.2%}")
+    table.add_row("cross entropy", f"{metrics['loss']:.4f}")
+    Console().print(table)
+    return 0
