@@ -17,7 +17,7 @@ def pack(source: Path, target: Path) -> None:
     Raises:
         ValueError: A value is not finite, or is too large for float16.
     """
-    tensors = load_file(source / "model.safetensors" if source.is_dir() else source)
+    tensors = load_file(source / "model" / "model.safetensors" if source.is_dir() else source)
     packed = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in packed.items():
         if not torch.isfinite(tensor).all():
