@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,27 +41,27 @@ def measure(
     dataset: Any,
     config: Mapping[str, Any],
     device: torch.device,
-    work_dir: Path,
     class_names: list[str],
 ) -> dict[str, Any]:
     """Metrics of `model` on `dataset`, from images, by mmengine's test loop; exact over several processes."""
     loader = make_loader(dataset, config, device, train=False)
-    runner = TaskRunner(
-        ClassificationTask(model, len(class_names), amp=config["amp"] == "bf16"),
-        work_dir,
-        device=device,
-        log_file=work_dir / "train.log",
-        name="eval",
-        test_dataloader=loader,
-        test_cfg={},
-        test_evaluator=Evaluator(ClassificationMetric(class_names)),
-        default_hooks={"logger": None, "checkpoint": None, "timer": None, "param_scheduler": None},
-        visualizer={"type": "Visualizer", "vis_backends": []},
-    )
-    try:
-        return runner.test()
-    finally:
-        runner.close()
+    with tempfile.TemporaryDirectory() as scratch:  # the Runner wants to log; a bundle may be read-only
+        runner = TaskRunner(
+            ClassificationTask(model, len(class_names), amp=config["amp"] == "bf16"),
+            Path(scratch),
+            device=device,
+            log_file=Path(scratch) / "eval.log",
+            name="eval",
+            test_dataloader=loader,
+            test_cfg={},
+            test_evaluator=Evaluator(ClassificationMetric(class_names)),
+            default_hooks={"logger": None, "checkpoint": None, "timer": None, "param_scheduler": None},
+            visualizer={"type": "Visualizer", "vis_backends": []},
+        )
+        try:
+            return runner.test()
+        finally:
+            runner.close()
 
 
 def export(
@@ -159,7 +160,6 @@ def evaluate(
     *,
     split: str = "test",
     overrides: Mapping[str, Any] | None = None,
-    work_dir: str | Path | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of a trained model: accuracy, accuracy_top5, loss, samples, accuracy_per_class.
@@ -168,13 +168,11 @@ def evaluate(
         trained: A bundle, a model folder, a work directory, or what `load_trained` gave.
         split: "train", "val" or "test".
         overrides: Dotted options on top of the recipe it was trained by, as in ``{"data.root": "photos"}``.
-        work_dir: Where the log goes; by default beside the model.
         device: By default CUDA when there is one.
 
     Raises:
         VizattnError: No such model or split, or data with other classes than the head's.
     """
-    folder = Path(work_dir or (trained if not isinstance(trained, Trained) else "."))
     trained = trained if isinstance(trained, Trained) else load_trained(trained)
     recipe = trained.config or {"model": {"name": "none"}}
     config = resolve_config(apply_overrides(recipe, overrides or {}))
@@ -185,4 +183,4 @@ def evaluate(
     check_classes(data.class_names, trained.class_names, "the trained model")
     chosen = choose_device(device)
     with distributed(chosen):
-        return measure(trained.model, data.splits[split], config, chosen, folder, trained.class_names)
+        return measure(trained.model, data.splits[split], config, chosen, trained.class_names)

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,6 +165,11 @@ class _Run:
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
         model = build_model(config, len(class_names)).to(self.device)
         preprocessing = preprocessing_of(model)
+        if size := config["model"].get("img_size"):
+            preprocessing["input_size"] = [
+                preprocessing["input_size"][0],
+                *([size] * 2 if isinstance(size, int) else size),
+            ]
         set_transforms(data, preprocessing, config["data"]["augment"])
         params = asdict(vizattn.trainable_summary(model))
         if self.rank == 0:
@@ -180,7 +186,7 @@ class _Run:
         }
         best = self._fit(model, data, header, state)
         metrics: dict[str, dict[str, Any]] = {
-            split: measure(model, data.splits[split], config, self.device, self.work_dir, class_names)
+            split: measure(model, data.splits[split], config, self.device, class_names)
             for split in ("val", "test")
             if split in data.splits
         }
@@ -312,7 +318,10 @@ class _Run:
         )
         try:
             wrapper.message_hub = runner.message_hub
-            runner.train()
+            with warnings.catch_warnings():
+                # With accumulation the schedule steps before the first optimizer step, and should.
+                warnings.filterwarnings("ignore", message="Detected call of `scheduler.step")
+                runner.train()
         finally:
             shown.close()
             runner.close()
