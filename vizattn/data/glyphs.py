@@ -148,13 +148,15 @@ def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> T
     distance = torch.from_numpy(_atlas(split)[tile]).float().sub_(128).div_(8 * _CAP)[:, None]  # in cap heights
 
     # Placement: from the frame to the letter, all in the units of grid_sample (a side is 2).
-    height = uniform(0.72, 1.02)
-    width = height * uniform(0.7, 1.3)
-    angle = uniform(-0.26, 0.26) * chance(0.7)
-    slant = uniform(-0.55, 0.45) * chance(0.7)
-    shift_x, shift_y = uniform(-0.14, 0.14), uniform(-0.12, 0.12)
-    bend = 0.075 * uniform(0.0, 1.0) * chance(0.75)
-    uneven = 0.03 * uniform(0.0, 1.0) * chance(0.5)
+    # Each image has its own strength of distortion: the plain ones are what a fresh network learns from first.
+    strength = uniform(0.0, 1.0)
+    height = 0.92 + strength * uniform(-0.2, 0.1)
+    width = height * (1 + strength * uniform(-0.3, 0.3))
+    angle = strength * uniform(-0.3, 0.3)
+    slant = strength * uniform(-0.55, 0.45)
+    shift_x, shift_y = strength * uniform(-0.15, 0.15), strength * uniform(-0.12, 0.12)
+    bend = 0.08 * strength * uniform(0.0, 1.0)
+    uneven = 0.03 * strength * uniform(0.0, 1.0)
     fields = _smooth(rng.normal(4 * 5 * 5).reshape(-1, 4, 5, 5))  # dx, dy, stroke, paper
     axis = (torch.arange(IMAGE_SIZE) + 0.5) * (2 / IMAGE_SIZE) - 1
     x, y = axis - _column(shift_x), axis[:, None] - _column(shift_y)
@@ -165,15 +167,15 @@ def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> T
     distance = F.grid_sample(distance, torch.stack([x, y], -1), padding_mode="border", align_corners=False)[:, 0]
 
     # Ink: the threshold is the stroke's growth; its slope, in pixels, is the softness of the edge.
-    growth = _column(uniform(-0.018, 0.07)) + _column(uneven) * fields[:, 2]
+    growth = _column(uniform(-0.018, 0.06)) + _column(uneven) * fields[:, 2]
     softness = np.where(chance(0.3), uniform(1.0, 3.0), 1.0)
     ink = ((distance + growth) * _column(IMAGE_SIZE * height / softness) + 0.5).clamp_(0, 1)
 
     # Paper and pen; "clean" is light on black at full contrast, as many scans are.
-    clean = chance(0.4)
+    clean = chance(0.6)
     contrast = np.where(clean, 1.0, uniform(0.3, 1.0))
     dark = np.where(clean, 0.0, uniform(0.0, 1.0) * (1 - contrast))
-    negative = np.where(clean, chance(0.15), chance(0.5))
+    negative = np.where(clean, chance(0.1), chance(0.5))
     paper, pen = np.where(negative, dark + contrast, dark), np.where(negative, dark, dark + contrast)
     coloured = 0.5 * chance(0.3) * ~clean
     tint = rng.block(6).reshape(-1, 2, 3) - 0.5
