@@ -8,7 +8,6 @@ Shapes: B batch, H x W grid of patches, P prefix tokens (class token, then regis
 
 import math
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -498,19 +497,19 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and cfg.file and not Path(cfg.file).is_file():
-        raise VizattnError(
-            f"The weights of {name!r} should be in {cfg.file}, which does not exist. "
-            "Install vizattn again, or name another file by pretrained_cfg_overlay=dict(file=...)."
+    try:
+        return build_model_with_cfg(
+            VisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+            **SIZES[name] | kwargs,
         )
-    return build_model_with_cfg(
-        VisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **SIZES[name] | kwargs,
-    )
+    except OSError as error:  # no such file, no network
+        source = cfg.file or f"the Hugging Face hub ({cfg.hf_hub_id})"
+        reason = str(error) or "There is no such file."
+        raise VizattnError(f"The weights of {name!r} could not be loaded from {source}. {reason}") from error
 
 
 @register_model

@@ -61,8 +61,9 @@ def main() -> int:
         print(f"None of {', '.join(our_models('*'))} matches {args.pattern!r}.", file=sys.stderr)
         return 2
     print(f"timm {version('timm')}'s tests/test_models.py on: {', '.join(names)}")
-    # TORCH_BACKEND is imported before the tests list timm's models; GITHUB_ACTIONS leaves out the tests that download.
-    environment = os.environ | {"TORCH_BACKEND": "vizattn", "GITHUB_ACTIONS": "1"}
+    # TORCH_BACKEND is imported before the tests list timm's models; GITHUB_ACTIONS leaves out the tests that download;
+    # TIMEOUT is in seconds a test, and longer than timm's own for busy machines.
+    environment = {"TIMEOUT": "600"} | os.environ | {"TORCH_BACKEND": "vizattn", "GITHUB_ACTIONS": "1"}
     command = [sys.executable, "-m", "pytest", "tests/test_models.py", "-p", "no:cacheprovider", "-q"]
     command += ["-k", " or ".join(names), *args.pytest]
     return subprocess.run(command, cwd=timm_tests(), env=environment).returncode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -70,9 +71,17 @@ def test_packaged_weights_load_without_network(monkeypatch: pytest.MonkeyPatch) 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "gone.safetensors"
-    with pytest.raises(VizattnError, match=r"'vit_va_nano_patch4_32' should be in .*gone\.safetensors.*does not exist"):
+    with pytest.raises(VizattnError, match=r"'vit_va_nano_patch4_32' .*gone\.safetensors\. There is no such file"):
+        VizattnError, match=r"'vit_va_nano_patch4_32' .* from .*gone\.safetensors\. There is no such file"
+    ):
         load(str(gone))
     timm.create_model(NANO, pretrained=False, pretrained_cfg_overlay={"file": str(gone)})
+
+
+def test_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", Mock(side_effect=OSError("No connection.")))
+    with pytest.raises(VizattnError, match=r"hub \(timm/vit_tiny_patch16_224\.augreg_in21k\)\. No connection"):
+        timm.create_model("vit_va_tiny_patch16_224.augreg_in21k", pretrained=True, depth=1, num_classes=2)
 
 
 def test_other_number_of_classes(file: str, weights: dict[str, Tensor]) -> None:
