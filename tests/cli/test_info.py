@@ -33,6 +33,12 @@ def test_backbone_of_timm_tells_why_an_adapter_does_not_fit() -> None:
     assert "resnet" in facts["adapters"]["vpt"].lower()
 
 
+def test_backbone_without_a_head() -> None:
+    facts = describe_backbone("vit_base_patch16_siglip_224")
+    assert facts["classes"] == 0 and facts["gmacs"] > 17
+    assert "no head" in facts["adapters"]["linear_probe"] and facts["adapters"]["vpt"] is None
+
+
 def test_adapter() -> None:
     facts = describe_adapter("vpt")
     options = {row["option"]: row for row in facts["options"]}

@@ -44,10 +44,10 @@ def weights_source(cfg: Any) -> str:
     return "hub" if cfg is not None and (cfg.hf_hub_id or cfg.url) else "none"
 
 
-def build_empty(name: str, **kwargs: Any) -> nn.Module:
-    """The backbone in eval mode with shapes but no values."""
+def build_empty(name: str) -> nn.Module:
+    """The backbone in eval mode with shapes but no values, frozen (else the flop counter hooks into its gradients)."""
     with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
+        return timm.create_model(name).eval().requires_grad_(False)
 
 
 def gmacs(model: nn.Module, input_size: tuple[int, ...]) -> float:
