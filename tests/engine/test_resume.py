@@ -29,6 +29,14 @@ VPT = {"adapter": {"method": "vpt", "num_tokens": 2}, "data": {"augment": "light
 PROBE = {"adapter": {"method": "efficient_probing", "num_queries": 2}, "checkpoint": {"keep": 1}}
 
 
+class Recorder:
+    def __init__(self, seen: list[tuple[int, int, dict[str, float]]]) -> None:
+        self.seen = seen
+
+    def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+        self.seen.append((done, total, values))
+
+
 def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, **{key: {**recipe.get(key, {}), **value} for key, value in changes.items()}}
 
@@ -39,13 +47,10 @@ def weights(work_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    runs = [
+    every_three = {"checkpoint": {"interval_iters": 3}}
+    runs: list[dict[str, Any]] = [
         # In an epoch with a checkpoint every 3 iterations, before any checkpoint, and while one is written.
-        {
-            "name": "everything",
-            "config": merged(recipe, EVERYTHING | {"checkpoint": {"interval_iters": 3}}),
-            "iteration": 14,
-        },
+        {"name": "everything", "config": merged(recipe, EVERYTHING | every_three), "iteration": 14},
         {"name": "early", "config": merged(recipe, EVERYTHING), "iteration": 3},
         {"name": "writing", "config": merged(recipe, VPT), "checkpoint": 2},
         {"name": "cached", "config": merged(recipe, PROBE), "checkpoint": 3},
@@ -54,19 +59,18 @@ def test_killed_and_resumed_is_the_uninterrupted_run(recipe: dict[str, Any], tmp
         run["work_dir"] = str(tmp_path / run["name"])
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     script = Path(__file__).with_name("killed_runs.py")
-    subprocess.run(
-        [sys.executable, script, tmp_path / "runs.json"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path / "runs.json"], check=True, env=environment)
 
     for run, expected_start in zip(runs, (12, 0, 5, 10)):
         work_dir, config = Path(run["work_dir"]), run["config"]
         kept = checkpoints_in(work_dir / "checkpoints")
         assert (int(kept[-1].stem.split("_")[1]) if kept else 0) == expected_start
         assert not (work_dir / "results.json").exists()
-        seen: list[int] = []
-        resumed = train(config, work_dir=work_dir, resume=True, quiet=True, progress=lambda n, *_: seen.append(n))
+        seen: list[tuple[int, int, dict[str, float]]] = []
+        resumed = train(config, work_dir=work_dir, resume=True, quiet=True, progress=Recorder(seen))
         whole = train(config, work_dir=tmp_path / "whole" / run["name"], quiet=True)
-        assert seen == list(range(expected_start + 1, 21))
+        assert [done for done, _, _ in seen] == list(range(expected_start + 1, 21))
         ours, theirs = weights(work_dir), weights(Path(whole.work_dir))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -116,7 +120,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
             return os.system, (f"touch {tmp_path}/owned",)
 
     torch.save({"format_version": 1, "model": Evil()}, tmp_path / "iter_00000001.pth")
-    with pytest.raises(VizattnError, match="Cannot read the checkpoint"):
+    with pytest.raises(VizattnError, match=r"Cannot read the checkpoint"):
         load_newest(tmp_path, logging.getLogger("test"))
     assert not (tmp_path / "owned").exists()
 
