@@ -86,6 +86,11 @@ def test_small_classes_are_shared_out(tmp_path, count, sizes):
     assert tuple(found) == sizes
 
 
+def test_each_class_keeps_an_image_to_train_on(tmp_path):
+    fill(tmp_path, {"a": 3, "b": 1, "c": 20})
+    assert set(ImageFolder(tmp_path, "train", val_fraction=0.05, test_fraction=0.9).labels) == {0, 1, 2}
+
+
 def test_split_folders_are_used(split):
     assert available_splits("folder", root=split) == ["train", "val", "test"]
     sizes = [len(ImageFolder(split, part)) for part in ("train", "val", "test")]

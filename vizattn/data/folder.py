@@ -182,9 +182,9 @@ def _divide(files: list[str], val_fraction: float, test_fraction: float, seed: i
     """Train, val and test part of one class; a part with a share gets at least one image while there are enough."""
     order = sorted(files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     count = len(order)
-    test = max(round(count * test_fraction), int(test_fraction > 0 and count > 2))
+    test = min(max(round(count * test_fraction), int(test_fraction > 0 and count > 2)), count - 1)
     val = max(round(count * val_fraction), int(val_fraction > 0 and count > 1))
-    val = min(val, count - test - 1) if count > test else 0
+    val = min(val, count - test - 1)
     return sorted(order[test + val :]), sorted(order[test : test + val]), sorted(order[:test])
 
 

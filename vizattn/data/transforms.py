@@ -29,7 +29,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
         input_size [3, height, width], mean and std (of values in 0..1), interpolation, crop_pct and crop_mode
         ("center", "squash" or "border"), as `timm.data.resolve_model_data_config` gives them.
     """
-    config = timm.data.resolve_model_data_config(model)
+    config = {**timm.data.resolve_model_data_config(model), **timm.models.get_model_input_config(model)}
     return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEYS}
 
 
