@@ -115,7 +115,7 @@ def test_dropout_acts_in_training_only(fused: bool) -> None:
 
 
 def test_heads_must_divide_the_channels() -> None:
-    with pytest.raises(ValueError, match="10 cannot be split into 3 heads"):
+    with pytest.raises(VizattnError, match="10 cannot be split into 3 heads"):
         SoftmaxAttention(10, 3)
 
 

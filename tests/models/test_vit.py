@@ -228,10 +228,24 @@ def test_scripted_and_traced_models_take_other_sizes(nano: VisionTransformer) ->
         ["head"],
         tracer_kwargs={"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()},
     )
-    for size in SIZES:
+    for size in [(32, 32), (30, 45)]:
         expected = nano(images(*size))
         torch.testing.assert_close(scripted(images(*size)), expected)
         torch.testing.assert_close(traced(images(*size))["head"], expected)
+
+
+def test_compiles_in_one_piece(nano: VisionTransformer) -> None:
+    compiled = torch.compile(nano, backend="eager", fullgraph=True)
+    for size in [(32, 32), (30, 45)]:
+        torch.testing.assert_close(compiled(images(*size)), nano(images(*size)))
+
+
+def test_trains_under_bfloat16_autocast(nano: VisionTransformer) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = nano.train()(images(30, 45))
+    assert logits.dtype == torch.bfloat16
+    logits.float().logsumexp(1).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in nano.parameters())
 
 
 def test_factory_arguments() -> None:

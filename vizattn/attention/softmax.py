@@ -11,6 +11,8 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.errors import VizattnError
+
 __all__ = ["SoftmaxAttention", "attention_weights", "softmax_attention"]
 
 
@@ -55,7 +57,7 @@ class SoftmaxAttention(nn.Module):
         norm_layer: The normalisation for `qk_norm`, called with the channels a head.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        VizattnError: `num_heads` does not divide `dim`.
     """
 
     fused_attn: Final[bool]
@@ -76,7 +78,7 @@ class SoftmaxAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"dim {dim} cannot be split into {num_heads} heads.")
+            raise VizattnError(f"dim {dim} cannot be split into {num_heads} heads.")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
