@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,11 @@ def test_many_runs_in_one_process_do_not_add_up(recipe: dict[str, Any], tmp_path
     managers = (MMLogger, MessageHub, Visualizer, DefaultScope)
     train(recipe, work_dir=tmp_path / "0", quiet=True)
     before = [set(kind._instance_dict) for kind in managers]
-    handlers = len(logging._handlerList)
     for run in range(3):
         train(recipe, work_dir=tmp_path / str(run), quiet=True)
     assert [set(kind._instance_dict) for kind in managers] == before
-    assert len(logging._handlerList) <= handlers
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert opened and not [path for path in opened if path.startswith(str(tmp_path))]
 
 
 def test_a_fresh_run_sets_earlier_checkpoints_aside(recipe: dict[str, Any], tmp_path: Path) -> None:

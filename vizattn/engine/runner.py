@@ -143,6 +143,7 @@ class TaskRunner(Runner):
             self.visualizer.close()
         for handler in list(self.logger.handlers):
             handler.close()
+            self.logger.removeHandler(handler)
         for kind in (MMLogger, MessageHub, Visualizer, DefaultScope):
             kind._instance_dict.pop(self.experiment_name, None)
         for folder in (Path(self.log_dir, "vis_data"), Path(self.log_dir)):

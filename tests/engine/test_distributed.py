@@ -1,0 +1,64 @@
+"""Two processes through torchrun, on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vizattn.engine import evaluate, train
+
+
+def torchrun(*command: str | Path, cwd: Path) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """30 images: batches of 2 x 3 are those of one process with 6, so the mean gradients are the same but for rounding."""
+    recipe |= {"adapter": {"method": "vpt", "num_tokens": 2}, "optimizer": {"accumulate": 2, "name": "sgd", "lr": 0.1}}
+    halved = {**recipe, "data": {**recipe["data"], "batch_size": 3}}
+    (tmp_path / "recipe.json").write_text(json.dumps(halved))
+    out = torchrun("-m", "vizattn", "train", "recipe.json", "--work-dir", "two", cwd=tmp_path)
+    assert out.count("test accuracy") == 1 and out.count("epoch 4/4") == 1  # the main process alone prints
+    one = train(recipe, work_dir=tmp_path / "one", quiet=True)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    for split in ("val", "test"):
+        assert two["metrics"][split]["samples"] == one.metrics[split]["samples"]  # odd counts: nothing is seen twice
+    ours = load_file(tmp_path / "two" / "bundle" / "adapter_model.safetensors")
+    theirs = load_file(tmp_path / "one" / "bundle" / "adapter_model.safetensors")
+    start = {name: tensor.abs().mean() for name, tensor in theirs.items()}
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5 * float(start[name]) + 1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_evaluate(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "ema": {"decay": 0.9}}))
+    command = ["-m", "vizattn", "train", "recipe.json", "--work-dir"]
+    torchrun(*command, "whole", cwd=tmp_path)
+    torchrun(*command, "part", cwd=tmp_path)
+    (tmp_path / "part" / "model" / "model.safetensors").unlink()
+    max((tmp_path / "part" / "checkpoints").glob("iter_*.pth")).unlink()
+    torchrun(*command, "part", "--resume", cwd=tmp_path)
+    whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    part = load_file(tmp_path / "part" / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    out = torchrun("-m", "vizattn", "eval", "whole", "--json", cwd=tmp_path)
+    assert json.loads(out)["accuracy"] == evaluate(tmp_path / "whole")["accuracy"]
