@@ -89,7 +89,7 @@ def unreadable(paths: Sequence[str], whole: bool) -> dict[str, str]:
     Args:
         paths: The files.
         whole: Decode each file. Otherwise only its header and its last bytes are read, and the rest when those are odd:
-            some hundred times quicker, and blind only to damage in the middle of a file.
+            some thirty times quicker, and blind only to damage in the middle of a file.
     """
     with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         reasons = pool.map(lambda path: _problem_of(path, whole), paths)
