@@ -51,6 +51,7 @@ def run_bash(block: Block, folder: Path) -> None:
     assert run.returncode == 0, f"README.md, block at line {block.line}:\n{run.stdout}\n{run.stderr}"
 
 
+@pytest.mark.timeout(900)  # about a minute on two quiet cores, most of it starting processes
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
