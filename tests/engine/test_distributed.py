@@ -31,7 +31,7 @@ def torchrun(*command: str | Path, cwd: Path) -> str:
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """30 images: batches of 2 x 3 are those of one process with 6, so the mean gradients are the same but for rounding."""
+    """Batches of 2 x 3 images are those of one process with 6: the mean gradients are the same but for rounding."""
     recipe |= {"adapter": {"method": "vpt", "num_tokens": 2}, "optimizer": {"accumulate": 2, "name": "sgd", "lr": 0.1}}
     halved = {**recipe, "data": {**recipe["data"], "batch_size": 3}}
     (tmp_path / "recipe.json").write_text(json.dumps(halved))

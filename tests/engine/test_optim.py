@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch import nn
 
 import vizattn
 from vizattn import VizattnError
+from vizattn.engine.ema import EmaHook
 from vizattn.engine.optim import EpochOptimWrapper, build_optimizer, build_schedule
 
 SETTINGS = {"name": "adamw", "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9, "layer_decay": None}
@@ -83,3 +85,19 @@ def test_accumulation_over_uneven_groups_is_the_mean_gradient() -> None:
         wrapper.update_params(weight * value)
         seen.append(before - weight.item())
     assert seen == [0.0, 2.0, 0.0, 6.0, 11.0] * 2
+
+
+def test_ema_is_the_recursion_with_a_rising_decay() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    hook, expected = EmaHook(model, 0.5), 0.0
+    for iteration in range(12):
+        model.weight.data.fill_(float(iteration))
+        hook.after_train_iter(SimpleNamespace(iter=iteration), 0)
+        decay = min(0.5, (1 + iteration) / (10 + iteration))
+        expected = decay * expected + (1 - decay) * iteration
+    assert hook.averages["weight"].item() == pytest.approx(expected, rel=1e-6)
+    hook.swap()
+    assert model.weight.item() == pytest.approx(expected, rel=1e-6) and hook.averages["weight"].item() == 11.0
+    hook.swap()
+    assert model.weight.item() == 11.0

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     [
         ({"optimizer": {"lr": 0.5}}, r"optimizer.lr: 0.001 in the checkpoint, 0.5 now"),
         ({"model": {"depth": 1}}, r"model.depth: 2 in the checkpoint, 1 now"),
-        ({"adapter": {"method": "vpt"}}, r"adapter: None in the checkpoint, None now|adapter.method"),
+        ({"adapter": {"method": "vpt"}}, r"adapter.method: None in the checkpoint, 'vpt' now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_named(

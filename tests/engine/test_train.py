@@ -158,3 +158,12 @@ def test_the_commands(
     assert "Did you mean 'optimizer.lr'" in capsys.readouterr().err
     assert main(["eval"]) == 2
     assert "--bundle DIR" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_training_is_nearly_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {"schedule": {"epochs": 2}}
+    plain = train(recipe, work_dir=tmp_path / "plain", quiet=True)
+    compiled = train({**recipe, "compile": True}, work_dir=tmp_path / "compiled", quiet=True)
+    assert compiled.metrics["val"]["loss"] == pytest.approx(plain.metrics["val"]["loss"], rel=1e-3)
+    assert evaluate(tmp_path / "compiled")["loss"] == pytest.approx(plain.metrics["test"]["loss"], rel=1e-3)

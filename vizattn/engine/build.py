@@ -111,8 +111,11 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> nn.Module:
         raise unknown("model", name, timm.list_models(), "vizattn list PATTERN")
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise VizattnError(f"Cannot create the model {name!r} with {options}: {error}") from error
+    except VizattnError:
+        raise
+    except Exception as error:  # timm and the hub raise all kinds
+        hint = " model.pretrained=False does without its weights." if options["pretrained"] else ""
+        raise VizattnError(f"Cannot create the model {name!r} with {options}: {error}{hint}") from error
     adapters = config["adapter"] or []
     for entry in [adapters] if isinstance(adapters, Mapping) else adapters:
         vizattn.attach(model, keep_original=False, **entry)

@@ -14,6 +14,7 @@ __all__ = ["EmaHook"]
 class EmaHook(Hook):
     """Keeps ``average = decay * average + (1 - decay) * weight`` of each trained parameter, and validates with it.
 
+    In the first iterations the decay is lower, (1 + t) / (10 + t), so that the untrained start is soon forgotten.
     Only what trains is copied: beside a frozen backbone the average costs next to nothing, in memory and in
     checkpoints (mmengine's own hook copies the whole model).
 
@@ -31,8 +32,9 @@ class EmaHook(Hook):
 
     @torch.no_grad()
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        decay = min(self.decay, (1 + runner.iter) / (10 + runner.iter))
         for name, weight in self.weights.items():
-            self.averages[name].lerp_(weight, 1 - self.decay)
+            self.averages[name].lerp_(weight, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import netrc
 import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-__all__ = ["visualizer_config", "wandb_mode"]
+from mmengine.config import Config
+from mmengine.visualization.vis_backend import TensorboardVisBackend, WandbVisBackend
+
+from vizattn.errors import VizattnError
+
+__all__ = ["WandbBackend", "visualizer_config", "wandb_mode"]
 
 
 def wandb_mode() -> str:
@@ -29,12 +36,29 @@ def wandb_mode() -> str:
     return "online"
 
 
-def visualizer_config(logging: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """mmengine's visualizer with the backends that were asked for."""
-    backends: list[dict[str, Any]] = []
+class WandbBackend(WandbVisBackend):
+    """mmengine's backend, but it does not upload every Python file below the current folder, and never stops a run."""
+
+    def _init_env(self) -> None:
+        try:
+            super()._init_env()
+        except Exception:  # a refused key, a server that went away: anything but a reason to stop training
+            self._init_kwargs["mode"] = "offline"
+            super()._init_env()
+
+    def add_config(self, config: Config, **kwargs: Any) -> None:
+        self.experiment.config.update(config.to_dict(), allow_val_change=True)
+
+
+def visualizer_config(logging: Mapping[str, Any], work_dir: Path) -> dict[str, Any]:
+    """mmengine's visualizer with the backends that were asked for, which write to `work_dir`."""
+    backends: list[Any] = []
     if logging["wandb"]:
-        init = {"project": "vizattn", "name": name, "mode": wandb_mode()}
-        backends.append({"type": "WandbVisBackend", "init_kwargs": init})
+        mode = wandb_mode()
+        init = {"project": "vizattn", "name": work_dir.name, "mode": mode, "settings": {"silent": mode == "offline"}}
+        backends.append(WandbBackend(str(work_dir), init))
     if logging["tensorboard"]:
-        backends.append({"type": "TensorboardVisBackend"})
+        if importlib.util.find_spec("tensorboard") is None:
+            raise VizattnError("logging.tensorboard needs tensorboard: pip install 'vizattn[tensorboard]'")
+        backends.append(TensorboardVisBackend(str(work_dir / "tensorboard")))
     return {"type": "Visualizer", "vis_backends": backends}

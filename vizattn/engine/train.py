@@ -313,7 +313,7 @@ class _Run:
             },
             custom_hooks=hooks,
             randomness={"seed": seed},
-            visualizer=visualizer_config(config["logging"], self.work_dir.name),
+            visualizer=visualizer_config(config["logging"], self.work_dir),
             **validation,
         )
         try:
