@@ -28,7 +28,7 @@ with torch.no_grad():
     assert torch.equal(model(images), again(images)), "the loaded adapter computes something else than the saved one"
 
 recipes = [p.name for p in (importlib.resources.files("vizattn.configs") / "classification").iterdir()]
-assert sum(name.endswith(".py") and not name.startswith("_") for name in recipes) >= 3, f"recipes are missing: {recipes}"
+assert sum(name.endswith(".py") and not name.startswith("_") for name in recipes) >= 3, f"recipes: {recipes}"
 
 listed = subprocess.run(["vizattn", "list"], check=True, capture_output=True, text=True).stdout
 assert "vit_va_nano_patch4_32" in listed and "packaged" in listed, listed
