@@ -13,7 +13,7 @@ import torch
 from vizattn import VizattnError
 from vizattn.cli.train import run as run_train
 from vizattn.engine import checkpoint, evaluate, train
-from vizattn.engine.checkpoint import checkpoints_in, read_checkpoint, save_checkpoint
+from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint, save_checkpoint
 from vizattn.engine.files import replacing
 from vizattn.engine.optim import EpochOptimWrapper
 from vizattn.engine.task import ClassificationTask
@@ -104,6 +104,43 @@ def test_a_checkpoint_on_a_full_device_is_an_os_error(tmp_path: Path, monkeypatc
         save_checkpoint(path, {"x": torch.zeros(100_000)})
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cache_that_cannot_be_written(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VIZATTN_HOME", str(tmp_path / "file"))
+    recipe |= {"adapter": {"method": "linear_probe"}}
+    with pytest.raises(VizattnError, match=r"Cannot write .*VIZATTN_HOME .*cache_features=False"):
+        train(recipe, work_dir=tmp_path / "run", quiet=True)
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    state = {**model.state_dict(), "2.weight": torch.zeros(1), "0.bias": torch.zeros(4)}
+    del state["1.weight"]
+    words = r"1.weight is missing; 2.weight is not in the model; 0.bias has shape \(4,\), the model's is \(3,\)"
+    with pytest.raises(VizattnError, match=words):
+        load_model_state(model, state, tmp_path)
+
+
+def test_other_frozen_weights_cannot_be_resumed(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"adapter": {"method": "vpt"}, "schedule": {"epochs": 1}}
+    train(recipe, work_dir=tmp_path, quiet=True)
+    monkeypatch.setattr("vizattn.adapters.fingerprint", lambda model: "another")
+    with pytest.raises(VizattnError, match=r"trained on other frozen weights of vit_va_nano_patch4_32"):
+        train(recipe, work_dir=tmp_path, quiet=True, resume=True)
+
+
+def test_a_mistake_leaves_an_earlier_run_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe | {"schedule": {"epochs": 1}}, work_dir=tmp_path, quiet=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(VizattnError, match=r"Unknown adapter"):
+        train({**recipe, "adapter": {"method": "vtp"}}, work_dir=tmp_path, quiet=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

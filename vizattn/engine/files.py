@@ -46,8 +46,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only folder and the like into one `VizattnError`."""
+def explain_disk_errors(folder: Path, instead: str = "choose another folder with --work-dir") -> Iterator[None]:
+    """Turn a full disk, a read-only folder and the like into one `VizattnError`; `instead` says what else to do."""
     try:
         yield
     except OSError as error:
@@ -56,7 +56,7 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
         where = error.filename or folder
         raise VizattnError(
             f"Cannot write {where}: {os.strerror(error.errno or 0)}. "
-            "Free some space or choose another folder with --work-dir; whole files already there are kept."
+            f"Free some space or {instead}; whole files already there are kept."
         ) from error
 
 

@@ -23,7 +23,7 @@ from torch import nn
 import vizattn
 from vizattn.data import is_deterministic, preprocessing_of, transform_identity
 from vizattn.engine.build import Data, build_data, build_model, choose_device, make_loader, set_transforms
-from vizattn.engine.checkpoint import check_same_recipe, load_newest
+from vizattn.engine.checkpoint import check_same_recipe, checkpoints_in, load_newest
 from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.evaluate import export, measure
@@ -159,7 +159,8 @@ class _Run:
     def run(self) -> Result:
         start, memory = time.perf_counter(), PeakMemory(self.device)
         config = self.config
-        self._prepare_work_dir()
+        if self.rank == 0:
+            prepare_folder(self.work_dir)
         data = build_data(config["data"])
         class_names = data.class_names
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
@@ -172,9 +173,8 @@ class _Run:
             ]
         set_transforms(data, preprocessing, config["data"]["augment"])
         params = asdict(vizattn.trainable_summary(model))
-        if self.rank == 0:
-            dump_config(config, self.work_dir / "config.json")
         state = self._state_to_resume()
+        self._make_room()
         header: dict[str, Any] = {
             "format_version": 1,
             "config": config,
@@ -213,20 +213,25 @@ class _Run:
             write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
         return result
 
-    def _prepare_work_dir(self) -> None:
-        """A folder that can be written to; without `resume`, checkpoints of an earlier run are set aside."""
+    def _make_room(self) -> None:
+        """Without `resume`, set checkpoints of an earlier run aside; clear what a killed process left."""
         if self.rank == 0:
-            prepare_folder(self.work_dir)
             if not self.resume:
                 (self.work_dir / "results.json").unlink(missing_ok=True)
-                if self.checkpoints.is_dir():
+                if checkpoints_in(self.checkpoints):
                     aside = self.work_dir / "checkpoints.previous"
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(self.checkpoints, aside)
+                    self._say(f"Starting anew (--resume would go on): earlier checkpoints are now in {aside}.")
             self.checkpoints.mkdir(exist_ok=True)
             for stale in self.checkpoints.glob(".*.tmp"):
                 stale.unlink(missing_ok=True)
+            dump_config(self.config, self.work_dir / "config.json")
         self._wait()
+
+    def _say(self, text: str) -> None:
+        if self.display != "quiet":
+            print(text, flush=True)
 
     def _wait(self) -> None:
         if self.world > 1:
@@ -242,6 +247,7 @@ class _Run:
                 {**self.config, "processes": self.world},
                 self.checkpoints,
             )
+        self._say(f"Going on after iteration {state['iteration']}." if state else "No checkpoint yet: starting anew.")
         return state
 
     def _fingerprint(self, model: nn.Module) -> str | None:
@@ -366,9 +372,10 @@ class _Run:
                 "display": self.display,
                 "logger": self.logger,
             }
-            if self.rank == 0:
-                stored.append(cached_features(model, dataset, key, **load))
-            self._wait()
             if self.rank != 0:
+                self._wait()  # for the main process to store them
+            with explain_disk_errors(cache_folder(), "set VIZATTN_HOME to another folder, or cache_features=False"):
                 stored.append(cached_features(model, dataset, key, **load))
+            if self.rank == 0:
+                self._wait()
         return "features", stored[0], stored[1]
