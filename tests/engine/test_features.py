@@ -60,7 +60,9 @@ def test_features_do_not_depend_on_the_batch() -> None:
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     together = frozen_features_each(model, images)
     assert torch.equal(together, torch.cat([frozen_features_each(model, images[i : i + 1]) for i in range(5)]))
+    torch.set_num_threads(2)
     assert torch.equal(together[[3, 1]], frozen_features_each(model, images[[3, 1]]))
+    assert torch.get_num_threads() == 2
 
 
 def _probe() -> Any:

@@ -64,10 +64,9 @@ def feature_key(model: nn.Module, dataset: Any, *, level: str, transform: str, a
         "data": dataset.identity,
         "transform": transform,
         "amp": amp,
-        # Rounding differs between devices, instruction sets and numbers of threads.
+        # Rounding differs between devices and instruction sets.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "versions": [__version__, torch.__version__, torchvision.__version__, timm.__version__, PIL.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -18,13 +19,29 @@ Source = Literal["images", "split", "features"]
 def frozen_features_each(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Frozen features of a batch, computed image by image: (B, ...) in float32.
 
-    Matrix products round differently for different batch shapes. One image at a time, in a fresh (aligned) tensor,
-    is always the same computation, so an image's features do not depend on the batch it came in: this makes training
-    from stored features equal training from images bit for bit.
+    Matrix products may round differently for different batch shapes and numbers of threads. One image at a time, in a
+    fresh (aligned) tensor, on one thread, is always the same computation, so an image's features do not depend on the
+    batch it came in: this makes training from stored features equal training from images bit for bit. On a CPU the
+    threads work on different images instead.
     """
     from vizattn.adapters import frozen_features
 
-    return torch.cat([frozen_features(model, image[None].clone()).float() for image in images])
+    kind = images.device.type
+    amp = torch.is_autocast_enabled(kind)  # a state of the thread
+
+    def features_of(image: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=amp):
+            return frozen_features(model, image[None].clone()).float()
+
+    if kind != "cpu":
+        return torch.cat([features_of(image) for image in images])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(features_of, images)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ClassificationTask(BaseModel):
