@@ -1,7 +1,7 @@
 """Pretraining of vit_va_nano_patch4_32 from nothing, on letters drawn in the fonts of matplotlib and Pillow.
 
 vizattn train classification/glyphs_pretrain
-Sees 364,000 drawn letters once each, new ones in each epoch: about 15 minutes on 2 quiet cores. `val` draws the
+Sees 416,000 drawn letters once each, new ones in each epoch: about 15 minutes on 2 quiet cores. `val` draws the
 training fonts again; `test` holds out the STIX serif family and Pillow's default font. There are no digits in it.
 """
 
@@ -10,8 +10,9 @@ model = dict(name="vit_va_nano_patch4_32", pretrained=False)
 adapter = None
 # The drawing is the augmentation.
 data = dict(name="glyphs", batch_size=64, num_workers=0, augment="none")
-optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, clip_grad=1.0)
-schedule = dict(name="cosine", epochs=7, warmup_epochs=0.3, min_lr=1e-6)
+# Muon comes to a loss of 3.0 after 22,000 images; AdamW took 60,000.
+optimizer = dict(name="muon", lr=1.5e-3, weight_decay=0.05, clip_grad=1.0)
+schedule = dict(name="cosine", epochs=8, warmup_epochs=0.3, min_lr=1e-6)
 loss = dict(label_smoothing=0.1)
 ema = dict(decay=0.998)
 logging = dict(interval=50)
