@@ -95,10 +95,11 @@ def describe(model: nn.Module) -> Anatomy:
     Raises:
         VizattnError: the architecture is not known; the message lists what is.
     """
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "norm1") and hasattr(m, "norm2")]
     blocks = [
         BlockAnatomy(m, m.attn, None if isinstance(m, POST_NORM_BLOCKS) else m.norm1)
-        for m in model.modules()
-        if isinstance(getattr(m, "attn", None), PROJECTED_ATTENTION) and hasattr(m, "norm1") and hasattr(m, "norm2")
+        for m in modules
+        if isinstance(getattr(m, "attn", None), PROJECTED_ATTENTION)
     ]
     family = _family(model, blocks)
     stack = getattr(model, "blocks", getattr(model, "layers", None))
@@ -121,13 +122,13 @@ def describe(model: nn.Module) -> Anatomy:
 def _family(model: nn.Module, blocks: list[BlockAnatomy]) -> str | None:
     if blocks and all(isinstance(b.attn, SoftmaxAttention) for b in blocks):
         return "vit_va"
-    for family, classes in {
-        "vit": VisionTransformer,
-        "eva": Eva,
-        "beit": Beit,
-        "swin": (SwinTransformer, SwinTransformerV2),
-    }.items():
-        if isinstance(model, classes):
+    for family, *classes in (
+        ("vit", VisionTransformer),
+        ("eva", Eva),
+        ("beit", Beit),
+        ("swin", SwinTransformer, SwinTransformerV2),
+    ):
+        if isinstance(model, tuple(classes)):
             return family
     swin_blocks = (SwinTransformerBlock, SwinTransformerV2Block)
     if isinstance(model, FeatureDictNet) and all(isinstance(b.block, swin_blocks) for b in blocks):
@@ -135,7 +136,7 @@ def _family(model: nn.Module, blocks: list[BlockAnatomy]) -> str | None:
     return None
 
 
-def classifiers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def classifiers(model: Any) -> list[tuple[str, nn.Module]]:
     """The classifier layers of a timm model as (name, module), without those that are Identity."""
     if not hasattr(model, "get_classifier"):
         return []

@@ -23,7 +23,7 @@ class APLA:
     """Attention Projection Layer Adaptation: train randomly chosen rows of every attention's output projection."""
 
     num_rows: int = 128
-    """Output rows trained in each block, with their bias entries; at most the width trains the whole projection."""
+    """Output rows trained in each block, with their bias entries; the width or more trains the whole projection."""
     seed: int = 0
     """Chooses the rows; the choice is saved with the adapter."""
 
@@ -40,25 +40,18 @@ class APLA:
             raise VizattnError(f"apla: num_rows must be at least 1, got {self.num_rows}.")
 
     def attach(self, model: nn.Module, anatomy: Anatomy, edits: Edits) -> None:
-        """Replace each output projection by one that trains some of its rows.
-
-        Raises:
-            VizattnError: more rows than the narrowest projection has.
-        """
+        """Replace each output projection by one that trains some of its rows."""
         generator = torch.Generator().manual_seed(self.seed)
         for b in anatomy.blocks:
-            width = b.attn.proj.out_features
-            if self.num_rows > width:
-                raise VizattnError(f"apla: num_rows is {self.num_rows}, but a projection has only {width} rows.")
-            indices = torch.randperm(width, generator=generator)[: self.num_rows].sort().values
+            indices = torch.randperm(b.attn.proj.out_features, generator=generator)[: self.num_rows].sort().values
             edits.set(b.attn, "proj", PartialLinear(b.attn.proj, indices))
 
 
 class PartialLinear(nn.Module):
     """A linear layer (..., D_in) -> (..., D_out) of which only the rows `indices` are trained.
 
-    It shares the frozen weight and bias of `linear`, which stay as they are. Frozen rows cost neither gradient memory nor
-    time: the weight's gradient is one product with `num_rows` instead of D_out columns.
+    It shares the frozen weight and bias of `linear`, which stay as they are. Frozen rows cost neither gradient memory
+    nor time: the weight's gradient is one product with `num_rows` instead of D_out columns.
     """
 
     def __init__(self, linear: nn.Linear, indices: Tensor) -> None:
@@ -66,6 +59,7 @@ class PartialLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         indices = indices.to(linear.weight.device)
+        self.indices: Tensor
         self.register_buffer("indices", indices)
         self.rows = nn.Parameter(linear.weight.detach()[indices].clone())
         self.row_bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[indices].clone())
@@ -87,12 +81,13 @@ class PartialLinear(nn.Module):
         weight, bias = self.merged()
         if not torch.is_grad_enabled():
             return F.linear(x, weight, bias)
-        rows, row_bias = self.rows, self.row_bias
+        rows: Tensor = self.rows
+        row_bias: Tensor | None = self.row_bias
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight, rows = x.to(dtype), weight.to(dtype), rows.to(dtype)
-            bias, row_bias = (None, None) if bias is None else (bias.to(dtype), row_bias.to(dtype))  # type: ignore[union-attr]
+            bias, row_bias = (None if b is None else b.to(dtype) for b in (bias, row_bias))
         return _TrainedRows.apply(x, weight, bias, rows, row_bias, self.indices)
 
 

@@ -59,7 +59,7 @@ class Method(Protocol):
         """Change `model` through `edits`; return the module of what is added."""
 
 
-METHODS: dict[str, type] = {}
+METHODS: dict[str, Any] = {}
 T = TypeVar("T", bound=type)
 
 
@@ -154,9 +154,18 @@ class Adapted:
         return self
 
 
+class AdaptedDict(Adapted):
+    """For models that are a dictionary of layers: the adapters are not one of these."""
+
+    def items(self) -> Any:
+        """The layers by name."""
+        return [(name, layer) for name, layer in super().items() if name != "adapters"]  # type: ignore[misc]
+
+
 @cache
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+def _adapted_class(cls: Any) -> type[nn.Module]:
+    mixin = AdaptedDict if issubclass(cls, nn.ModuleDict) else Adapted
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
 def attached(model: nn.Module) -> list[Attachment]:
@@ -218,6 +227,12 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
                 f"Adapter {method!r} does not compose with {other.method!r}, which is attached and composes with "
                 f"{allowed}. Call vizattn.detach(model) first."
             )
+    if not opts.dense and (outer is not model or not hasattr(model, "forward_features")):
+        fitting = [n for n, m in sorted(METHODS.items()) if m.dense]
+        raise VizattnError(
+            f"Cannot attach {method!r} to a features_only model: it adapts the prediction of a class, not the "
+            f"features. These adapt features: {', '.join(fitting)}."
+        )
     anatomy = _check_anatomy(model, method, opts)
     edits = Edits()
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -228,7 +243,8 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
                 parameter.requires_grad_(False)
             edits.set(model, "adapters", nn.ModuleDict())
             edits.set(model, "attachments", [])
-            edits.set(model, "__class__", _adapted_class(type(model)))
+            cls: Any = type(model)
+            edits.set(model, "__class__", _adapted_class(cls))
         originals = {id(p) for p, _ in flags}
         module = opts.attach(model, anatomy, edits)
         if module is not None:
@@ -348,7 +364,8 @@ def merge(model: nn.Module) -> nn.Module:
         if a.options.mergeable is not True:
             raise VizattnError(f"{a.method!r} cannot be merged: {a.options.mergeable}.")
     inner = core(model)
-    merged = [m.merged_weights() for m in inner.modules() if hasattr(m, "merged_weights")]
+    parts: list[Any] = [m for m in inner.modules() if hasattr(m, "merged_weights")]
+    merged = [m.merged_weights() for m in parts]
     heads = [
         (SetAttr(inner.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], m)) for n, m in classifiers(inner)
     ]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as to_safetensors
 from timm.data import resolve_model_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import classifiers, core
@@ -105,7 +106,7 @@ def save_adapter(
         raise VizattnError(f"{len(class_names)} class names for a head of {num_classes} classes.")
     weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in adapter_state(inner).items()})
     if preprocessing is None:
-        preprocessing = dict(resolve_model_data_config(inner))
+        preprocessing = {**resolve_model_data_config(inner), "input_size": get_model_input_config(inner)["input_size"]}
     config = {
         "format_version": FORMAT_VERSION,
         "vizattn_version": __version__,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vizattn.adapters.anatomy import Anatomy, core
 from vizattn.adapters.base import attached, register
 from vizattn.adapters.edits import Edits
-from vizattn.adapters.head import own_head
+from vizattn.adapters.head import classify, own_head
 from vizattn.errors import VizattnError
 
 __all__ = ["EfficientProbe", "EfficientProbing", "query_maps"]
@@ -47,12 +47,8 @@ class EfficientProbing:
         From then on `forward_features` returns the raw output of the last block, which is what the probe reads.
 
         Raises:
-            VizattnError: D is no multiple of d_out * Q, there is no class token to include, or no features to pool.
+            VizattnError: D is no multiple of d_out * Q, or there is no class token to include.
         """
-        if not anatomy.has_features:
-            raise VizattnError(
-                "Cannot attach 'efficient_probing' to a list of feature layers: it pools the last one only."
-            )
         if self.include_cls and not anatomy.has_class_token:
             raise VizattnError("efficient_probing: include_cls=True, but the backbone has no class token.")
         if self.num_queries < 1 or self.d_out < 1 or anatomy.embed_dim % (self.d_out * self.num_queries):
@@ -69,9 +65,9 @@ class EfficientProbing:
 class EfficientProbe(nn.Module):
     """Multi-query pooling of tokens (B, N, D) to (B, D / d_out).
 
-    ``a_m = softmax(q_m X^T / sqrt(D))``, output = concatenation over m of ``a_m (X W_v)^(m)``. Pooling is linear, so the
-    tokens are pooled before they are projected, which is the same sum in another order: B*N*D*Q + B*D*E products instead
-    of B*N*D*E.
+    ``a_m = softmax(q_m X^T / sqrt(D))``, output = concatenation over m of ``a_m (X W_v)^(m)``. Pooling is linear, so
+    the tokens are pooled before they are projected, which is the same sum in another order: B*N*D*Q + B*D*E products
+    instead of B*N*D*E.
     """
 
     def __init__(self, dim: int, num_queries: int = 32, d_out: int = 1) -> None:
@@ -115,7 +111,7 @@ class ProbeHead(nn.Module):
     def forward_head(self, model: Any, run: Callable[..., Tensor], x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features of the last block to logits (B, C)."""
         x = self.norm(self.probe(self.tokens(x)))
-        return x if pre_logits else model.get_classifier()(x)
+        return x if pre_logits else classify(model, x)
 
 
 def query_maps(model: nn.Module, images: Tensor) -> Tensor:
@@ -128,7 +124,7 @@ def query_maps(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         VizattnError: efficient probing is not attached.
     """
-    probes = [a.module for a in attached(model) if a.method == "efficient_probing"]
+    probes: list[Any] = [a.module for a in attached(model) if a.method == "efficient_probing"]
     if not probes:
         raise VizattnError("query_maps needs a model with 'efficient_probing' attached.")
     inner: Any = core(model)

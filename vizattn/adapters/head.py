@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import classifiers
 from vizattn.adapters.edits import Edits
 
-__all__ = ["own_head"]
+__all__ = ["classify", "own_head"]
 
 
 def own_head(model: nn.Module, in_features: int, edits: Edits) -> None:
@@ -21,3 +23,9 @@ def own_head(model: nn.Module, in_features: int, edits: Edits) -> None:
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         edits.set(model.get_submodule(owner), attribute, head)
+
+
+def classify(model: Any, x: Tensor) -> Tensor:
+    """Features (B, D) to logits by the classifier that `own_head` put in; the first, where a model has two."""
+    head = model.get_classifier()
+    return (head[0] if isinstance(head, tuple) else head)(x)

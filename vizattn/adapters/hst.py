@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vizattn.adapters.anatomy import Anatomy
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
-from vizattn.adapters.head import own_head
+from vizattn.adapters.head import classify, own_head
 from vizattn.adapters.tokens import insert_tokens
 from vizattn.errors import VizattnError
 
@@ -50,7 +50,8 @@ class HST:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.widths) != len(self.num_heads) or any(w % h for w, h in zip(self.widths, self.num_heads)):
             raise VizattnError(
-                f"hst: each width must be a multiple of its num_heads, got widths {self.widths}, num_heads {self.num_heads}."
+                f"hst: each width must be a multiple of its num_heads, got widths {self.widths} "
+                f"and num_heads {self.num_heads}."
             )
 
     def attach(self, model: nn.Module, anatomy: Anatomy, edits: Edits) -> nn.Module:
@@ -190,9 +191,10 @@ class SideNetwork(nn.Module):
 
     def tokens_after(self, index: int, tokens: Tensor, x: Tensor) -> None:
         """See `TokenSource`. What is kept is already projected to the width of the side stage."""
-        bridge = self.stages[self.stage_of[index]].bridge
-        if self.read is not None:
-            self.read[index] = (bridge(tokens), bridge(x[:, self.prefix :]))  # type: ignore[operator]
+        bridge: Any = self.stages[self.stage_of[index]].bridge
+        read = bridge(tokens), bridge(x[:, self.prefix :])
+        if self.read is not None:  # gradient checkpointing calls again, after the forward
+            self.read[index] = read
 
     def pyramid(self, model: Any, run: Callable[..., Any], image: Tensor, **kwargs: Any) -> list[Tensor]:
         """The side maps (B, C, H, W) at strides 4, 8, 16, 32 of images (B, channels, height, width)."""
@@ -213,7 +215,7 @@ class SideNetwork(nn.Module):
     def forward_head(self, model: Any, run: Callable[..., Tensor], x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last side map to logits."""
         x = self.norm(x.mean(dim=(2, 3)))
-        return x if pre_logits else model.get_classifier()(x)
+        return x if pre_logits else classify(model, x)
 
     def forward_intermediates(
         self,
@@ -237,7 +239,7 @@ class SideNetwork(nn.Module):
 
     def adjust_wrapper(self, wrapper: Any, edits: Edits) -> None:
         """Make timm's `features_only` wrapper give the four side maps, and say so."""
-        indices = list(range(len(self.stages)))
+        indices = tuple(range(len(self.stages)))
         edits.set(wrapper, "out_indices", indices)
         edits.set(wrapper, "feature_info", FeatureInfo(self.feature_info(), indices))
 

@@ -1,11 +1,12 @@
-"""After each attach: can a gradient reach every parameter that is to be trained? On fake tensors, so almost for free."""
+"""After each attach: can a gradient reach every parameter that is to be trained?"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from timm.data import resolve_model_data_config
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from timm.models import get_model_input_config
+from torch import Tensor, nn
 
 from vizattn.errors import VizattnError
 
@@ -13,23 +14,40 @@ __all__ = ["check_gradients"]
 
 
 def check_gradients(model: nn.Module, method: str) -> None:
-    """Run one forward and backward on fake tensors.
+    """Run one image forward and walk the graph behind the output; nothing is computed backward.
 
     Raises:
-        VizattnError: a trainable parameter receives no gradient; the first few are named.
+        VizattnError: a trainable parameter is not in the graph; the first few are named.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named or any(p.is_meta for _, p in named):
         return
-    shape = resolve_model_data_config(model)["input_size"]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+    shape = get_model_input_config(model)["input_size"]
+    training = model.training
+    with torch.enable_grad():
         like = named[0][1]
-        out = model(torch.empty(2, *shape, device=like.device, dtype=like.dtype))
-        outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if o.requires_grad]
-        grads = torch.autograd.grad([o.sum() for o in outs], [p for _, p in named], allow_unused=True) if outs else []
-    lost = [n for (n, _), g in zip(named, grads or [None] * len(named), strict=True) if g is None]
+        out = model.eval()(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+    model.train(training)
+    reached = _leaves(list(out) if isinstance(out, (list, tuple)) else [out])
+    lost = [n for n, p in named if id(p) not in reached]
     if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise VizattnError(
-            f"{method!r} would not train on {type(model).__name__}: no gradient reaches {', '.join(lost[:3])}"
-            + (f" and {len(lost) - 3} more." if len(lost) > 3 else ".")
+            f"{method!r} would not train on {type(model).__name__}: no gradient reaches {', '.join(lost[:3])}{more}."
         )
+
+
+def _leaves(outputs: list[Tensor]) -> set[int]:
+    """Ids of the parameters in the autograd graph behind `outputs`."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [o.grad_fn for o in outputs if o.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [n for n, _ in node.next_functions if n is not None]
+    return found

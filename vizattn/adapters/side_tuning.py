@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,11 +66,11 @@ class MixedFeatures(nn.Module):
         self.proj = nn.Linear(width, anatomy.embed_dim)
         self.mix = nn.Parameter(torch.zeros(()))
 
-    def side_map(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def side_map(self, image: Tensor, grid: Sequence[int]) -> Tensor:
         """Images to features (B, H, W, D) on the backbone's grid."""
         x = self.side(image)
         if tuple(x.shape[-2:]) != tuple(grid):
-            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+            x = F.interpolate(x, size=list(grid), mode="bilinear", align_corners=False)
         return self.proj(x.permute(0, 2, 3, 1))
 
     def blend(self, frozen: Tensor, side: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ class MixedFeatures(nn.Module):
         """Mix tokens with prefix (B, P + N, D), patch tokens (B, N, D) or maps (B, D, H, W) with the side features."""
         if features.ndim == 4:
             last = features.shape[1] != self.proj.out_features  # Swin's own features have the channels last
-            side = self.side_map(image, tuple(features.shape[1:3] if last else features.shape[2:]))
+            side = self.side_map(image, features.shape[1:3] if last else features.shape[2:])
             return self.blend(features, side if last else side.permute(0, 3, 1, 2))
-        side = self.side_map(image, tuple(model.patch_embed.dynamic_feat_size(image.shape[-2:]))).flatten(1, 2)
+        side = self.side_map(image, model.patch_embed.dynamic_feat_size(image.shape[-2:])).flatten(1, 2)
         prefix = features.shape[1] - side.shape[1]
         return self.blend(features, torch.cat([side.mean(dim=1, keepdim=True).expand(-1, prefix, -1), side], dim=1))
 

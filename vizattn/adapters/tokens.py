@@ -1,4 +1,4 @@
-"""Tokens inserted before a block and taken out after it, so that every path through a model sees its own tokens only."""
+"""Tokens inserted before a block and taken out after it: every path through a model sees its own tokens only."""
 
 from __future__ import annotations
 

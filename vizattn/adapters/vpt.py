@@ -36,7 +36,7 @@ class VPT:
     dropout: float = 0.0
     """Dropout on the prompts while training; the paper uses 0.1 for deep prompts."""
     project: int | None = None
-    """Width of the prompts where it differs from the model's: a learnt linear layer, shared by all blocks, maps them."""
+    """Width of the prompts where it is not the model's: a learnt linear layer, shared by all blocks, maps them."""
 
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[str] = "prompts are extra keys and values, which no weight of the backbone can hold"

@@ -1,0 +1,92 @@
+"""The rows of the contract test: one a method, one a family of models. All models are tiny."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vizattn  # noqa: F401  (registers the backbones)
+
+#: method, options
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear_probe": ("linear_probe", {}),
+    "full": ("full", {}),
+    "vpt_deep": ("vpt", {"num_tokens": 3}),
+    "vpt_shallow": ("vpt", {"num_tokens": 3, "deep": False}),
+    "vpt_projected": ("vpt", {"num_tokens": 3, "project": 8}),
+    "apla": ("apla", {"num_rows": 5}),
+    "hst": ("hst", {"widths": (8, 8, 16, 16), "num_heads": (2, 2, 4, 4)}),
+    "side_tuning": ("side_tuning", {"width": 8}),
+    "efficient_probing": ("efficient_probing", {"num_queries": 4}),
+}
+
+_VIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
+_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 24,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "drop_path_rate": 0.0,
+}
+
+#: timm name, creation arguments
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_va": ("vit_va_nano_patch4_32", {"patch_size": 8, "depth": 4, "embed_dim": 48}),
+    "vit": ("vit_tiny_patch16_224", _VIT),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", _VIT),
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", _VIT),
+    "siglip": ("vit_base_patch16_siglip_224", _VIT),
+    "clip": ("vit_base_patch16_clip_224", _VIT),
+    "dinov3": ("vit_small_patch16_dinov3", _VIT),
+    "beit": ("beit_base_patch16_224", _VIT),
+    "eva02": ("eva02_tiny_patch14_224", _VIT),
+    "swin": ("swin_tiny_patch4_window7_224", _SWIN),
+    "swinv2": ("swinv2_tiny_window8_256", _SWIN),
+}
+
+#: What does not attach: method row -> model rows.
+REFUSED = {
+    "vpt_deep": {"swinv2"},
+    "vpt_shallow": {"swin", "swinv2"},
+    "vpt_projected": {"swin", "swinv2"},
+    "hst": {"swin", "swinv2"},
+}
+
+COMBINATIONS = [(m, b) for m in METHODS for b in MODELS if b not in REFUSED.get(m, set())]
+
+
+def create(row: str, num_classes: int = 5, **kwargs: Any) -> nn.Module:
+    """A tiny model of a row, the same weights on every call, in eval mode."""
+    name, args = MODELS[row]
+    model = timm.create_model(name, num_classes=num_classes, **args, **kwargs)
+    with torch.no_grad():  # zero biases and layer scales of 1e-5 would hide mistakes
+        for key, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            value = torch.randn(parameter.shape, generator=generator)
+            matrix = parameter.ndim >= 2 and "token" not in key
+            value *= parameter[0].numel() ** -0.5 if matrix else 0.1
+            parameter.copy_(value + 1 if parameter.ndim == 1 and key.endswith("weight") else value)
+    return model.eval()
+
+
+def images(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    """Images of the size of every row."""
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(model: nn.Module, seed: int = 3) -> None:
+    """Move everything that trains away from its initial value, moving statistics too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.startswith("adapters.") and name.endswith("running_mean"):
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
