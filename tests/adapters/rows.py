@@ -64,7 +64,7 @@ COMBINATIONS = [(m, b) for m in METHODS for b in MODELS if b not in REFUSED.get(
 def create(row: str, num_classes: int = 5, **kwargs: Any) -> nn.Module:
     """A tiny model of a row, the same weights on every call, in eval mode."""
     name, args = MODELS[row]
-    model = timm.create_model(name, num_classes=num_classes, **args, **kwargs)
+    model = timm.create_model(name, num_classes=num_classes, **{**args, **kwargs})
     with torch.no_grad():  # zero biases and layer scales of 1e-5 would hide mistakes
         for key, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))

@@ -14,9 +14,9 @@ from vizattn import VizattnError
 from vizattn.cli.train import run as run_train
 from vizattn.engine import checkpoint, evaluate, train
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint, save_checkpoint
-from vizattn.engine.files import replacing
 from vizattn.engine.optim import EpochOptimWrapper
 from vizattn.engine.task import ClassificationTask
+from vizattn.files import replacing
 
 
 def test_a_nan_loss_stops_and_names_the_iteration(

@@ -22,6 +22,7 @@ from vizattn.adapters.anatomy import classifiers, core
 from vizattn.adapters.base import METHODS, attach, attached, replace_head
 from vizattn.adapters.edits import Edits
 from vizattn.errors import VizattnError, closest, unknown
+from vizattn.files import replacing, write_text
 from vizattn.version import __version__
 
 __all__ = [
@@ -121,8 +122,9 @@ def save_adapter(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / WEIGHTS_NAME, weights)
-    _write_whole(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        temporary.write_bytes(weights)
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -136,18 +138,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:

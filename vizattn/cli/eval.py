@@ -58,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": str(folder), "split": args.split, **metrics}, indent=2))
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{folder}: {args.split}, {metrics['samples']} images")
+    table = Table(title=f"{escape(str(folder))}: {args.split}, {metrics['samples']} images")
     table.add_column("class")
     table.add_column("accuracy", justify="right")
     for name, accuracy in metrics["accuracy_per_class"].items():
-        table.add_row(name, "no images" if accuracy is None else f"{accuracy:.2%}")
+        table.add_row(escape(name), "no images" if accuracy is None else f"{accuracy:.2%}")
     table.add_section()
     table.add_row("top-1", f"{metrics['accuracy']:.2%}")
     table.add_row("top-5", f"{metrics['accuracy_top5']:.2%}")

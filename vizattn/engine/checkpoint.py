@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from vizattn.adapters import adapter_state, attached
-from vizattn.engine.files import replacing
 from vizattn.errors import VizattnError
+from vizattn.files import replacing
 
 __all__ = [
     "FORMAT_VERSION",

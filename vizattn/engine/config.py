@@ -255,6 +255,6 @@ def _place(values: list[Any], key: str, name: str) -> int:
 
 def dump_config(config: Mapping[str, Any], path: Path) -> None:
     """Write the resolved configuration as JSON; `load_recipe` reads it back."""
-    from vizattn.engine.files import write_text
+    from vizattn.files import write_text
 
     write_text(path, json.dumps(config, indent=2) + "\n")

@@ -16,11 +16,11 @@ from torch import nn
 from vizattn.engine.build import build_data, check_classes, choose_device, make_loader, set_transforms
 from vizattn.engine.checkpoint import load_model_state
 from vizattn.engine.config import apply_overrides, resolve_config
-from vizattn.engine.files import replacing, write_text
 from vizattn.engine.metrics import ClassificationMetric
 from vizattn.engine.runner import TaskRunner, distributed
 from vizattn.engine.task import ClassificationTask
 from vizattn.errors import VizattnError, unknown
+from vizattn.files import replacing, write_text
 
 __all__ = ["Trained", "evaluate", "export", "load_trained", "measure"]
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vizattn.engine.files import replacing, write_text
 from vizattn.engine.progress import Display, track
 from vizattn.engine.task import frozen_features_each
+from vizattn.files import replacing, write_text
 
 __all__ = ["FeatureDataset", "cache_folder", "cached_features", "feature_key"]
 

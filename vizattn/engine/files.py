@@ -1,16 +1,17 @@
-"""Files written whole or not at all, and one clear message when the disk does not let us."""
+"""One clear message when the disk does not let us write."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from vizattn.errors import VizattnError
+from vizattn.files import write_text
 
-__all__ = ["explain_disk_errors", "prepare_folder", "replacing", "write_text"]
+__all__ = ["explain_disk_errors", "prepare_folder"]
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -23,26 +24,6 @@ _DISK_ERRORS = {
     errno.EISDIR,
     errno.EIO,
 }
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; what is written there becomes `path` at the end, or vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

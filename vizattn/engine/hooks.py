@@ -12,9 +12,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from vizattn.engine.checkpoint import checkpoints_in, model_state, save_checkpoint
-from vizattn.engine.files import write_text
 from vizattn.engine.seeding import seed_from
 from vizattn.errors import VizattnError
+from vizattn.files import write_text
 
 __all__ = ["CheckpointHook", "JsonLinesHook", "LossGuardHook", "SeedHook"]
 

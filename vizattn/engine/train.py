@@ -28,7 +28,7 @@ from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.evaluate import export, measure
 from vizattn.engine.features import cache_folder, cached_features, feature_key
-from vizattn.engine.files import explain_disk_errors, prepare_folder, write_text
+from vizattn.engine.files import explain_disk_errors, prepare_folder
 from vizattn.engine.hooks import CheckpointHook, JsonLinesHook, LossGuardHook, SeedHook
 from vizattn.engine.loggers import visualizer_config
 from vizattn.engine.memory import PeakMemory
@@ -40,6 +40,7 @@ from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import ClassificationTask, Source
 from vizattn.errors import VizattnError
+from vizattn.files import write_text
 
 __all__ = ["Result", "train", "versions"]
 

@@ -1,0 +1,12 @@
+"""Linear probe: the classifier alone is trained, on stored features.
+
+vizattn train classification/digits_linear_probe
+Expected: test accuracy EXPECTED_linear_probe.
+"""
+
+task = "classification"
+model = dict(name="vit_va_nano_patch4_32", pretrained=True)
+adapter = dict(method="linear_probe")
+data = dict(name="digits", batch_size=32)
+optimizer = dict(name="adamw", lr=1e-2, weight_decay=1e-4)
+schedule = dict(name="cosine", epochs=60, warmup_epochs=2)

@@ -1,0 +1,209 @@
+"""Bundles: what is in them, and one clear message for each way they can be wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rows import create, images, randomise
+from safetensors.torch import load_file
+
+import vizattn
+from vizattn.adapters import adapter_state, attached, fingerprint, read_bundle
+from vizattn.adapters.bundle import CONFIG_NAME, WEIGHTS_NAME
+from vizattn.errors import VizattnError
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=2)
+    randomise(model)
+    return vizattn.save_adapter(model, tmp_path / "bundle", class_names=list("abcde"))
+
+
+def edit(bundle, **changes):
+    config = json.loads((bundle / CONFIG_NAME).read_text())
+    (bundle / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
+
+
+def unchanged(model):
+    reference = create("vit")
+    with torch.no_grad():
+        same = torch.equal(model(images()), reference(images()))
+    return same and not attached(model) and type(model) is type(reference)
+
+
+def test_contents(bundle):
+    assert sorted(p.name for p in bundle.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    config = read_bundle(bundle)
+    assert config["backbone"]["name"] == "vit_tiny_patch16_224"
+    assert config["backbone"]["args"] == {
+        "img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3
+    } | config["backbone"]["args"]  # fmt: skip
+    assert config["adapters"] == [
+        {"method": "vpt", "options": {"num_tokens": 2, "deep": True, "dropout": 0.0, "project": None}}
+    ]
+    assert config["num_classes"] == 5 and config["class_names"] == list("abcde")
+    assert config["preprocessing"]["input_size"] == [3, 32, 32]
+    assert {"mean", "std", "interpolation", "crop_pct"} <= set(config["preprocessing"])
+    assert config["fingerprint"] == fingerprint(vizattn.attach(create("vit"), "vpt", num_tokens=2))
+    names = set(load_file(bundle / WEIGHTS_NAME))
+    assert names == {"head.weight", "head.bias", *(f"adapters.vpt.prompts.{i}" for i in range(4))}
+
+
+def test_buffers_that_changed_are_saved(tmp_path):
+    model = vizattn.attach(create("vit"), "efficient_probing", num_queries=4).train()
+    model(images(8))
+    name = "adapters.efficient_probing.norm.running_mean"
+    assert adapter_state(model)[name].abs().sum() > 0
+    vizattn.save_adapter(model, tmp_path / "bundle")
+    loaded = vizattn.load_adapter(create("vit"), tmp_path / "bundle")
+    assert torch.equal(loaded.get_buffer(name), model.get_buffer(name))
+
+
+def test_apla_reload_does_not_depend_on_the_seed(tmp_path):
+    model = vizattn.attach(create("vit"), "apla", num_rows=5, seed=3)
+    randomise(model)
+    folder = vizattn.save_adapter(model, tmp_path / "bundle")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["adapters"][0]["options"]["seed"] = 4  # as if random numbers were drawn differently
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    loaded = vizattn.load_adapter(create("vit"), folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+
+
+def test_two_adapters_in_one_bundle(tmp_path):
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=2)
+    vizattn.attach(model, "efficient_probing", num_queries=4)
+    randomise(model)
+    vizattn.save_adapter(model, tmp_path / "bundle")
+    loaded = vizattn.load_adapter(create("vit"), tmp_path / "bundle")
+    assert [a.method for a in attached(loaded)] == ["vpt", "efficient_probing"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+
+
+def test_detach_after_load_gives_the_old_head_back(bundle):
+    model = create("vit", num_classes=3)
+    vizattn.load_adapter(model, bundle)
+    assert model(images()).shape == (2, 5) and model.num_classes == 5
+    vizattn.detach(model)
+    assert model.num_classes == 3
+    with torch.no_grad():
+        assert torch.equal(model(images()), create("vit", num_classes=3)(images()))
+
+
+def test_saving_twice_replaces_the_bundle(bundle):
+    model = vizattn.attach(create("vit"), "linear_probe")
+    vizattn.save_adapter(model, bundle)
+    assert read_bundle(bundle)["adapters"][0]["method"] == "linear_probe"
+    assert sorted(p.name for p in bundle.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_wrong_architecture(bundle):
+    model = create("eva02")
+    with pytest.raises(VizattnError, match=r"was trained on vit_tiny_patch16_224.*not on eva02_tiny"):
+        vizattn.load_adapter(model, bundle)
+    assert not attached(model)
+
+
+def test_wrong_weights(bundle):
+    model = create("vit")
+    with torch.no_grad():
+        model.blocks[2].mlp.fc1.bias[0] += 1e-6
+    before = model(images())
+    with pytest.raises(VizattnError, match="fingerprint of the frozen weights differs"):
+        vizattn.load_adapter(model, bundle)
+    assert not attached(model) and torch.equal(model(images()), before)
+
+
+def test_other_size_of_the_same_name(bundle):
+    model = create("vit", depth=2)
+    with pytest.raises(VizattnError, match=r"unexpected|missing|fingerprint"):
+        vizattn.load_adapter(model, bundle)
+    assert not attached(model)
+
+
+@pytest.mark.parametrize("keep", [0, 40, 1000])
+def test_truncated_weights(bundle, keep):
+    data = (bundle / WEIGHTS_NAME).read_bytes()
+    (bundle / WEIGHTS_NAME).write_bytes(data[:keep])
+    model = create("vit")
+    with pytest.raises(VizattnError, match="damaged or truncated"):
+        vizattn.load_adapter(model, bundle)
+    assert unchanged(model)
+
+
+def test_one_flipped_bit(bundle):
+    data = bytearray((bundle / WEIGHTS_NAME).read_bytes())
+    data[-5] ^= 1
+    (bundle / WEIGHTS_NAME).write_bytes(bytes(data))
+    with pytest.raises(VizattnError, match="damaged or truncated"):
+        vizattn.load_adapter(create("vit"), bundle)
+
+
+def test_future_format(bundle):
+    edit(bundle, format_version=2, vizattn_version="9.0")
+    with pytest.raises(VizattnError, match=r"format 2.*reads format 1.*upgrade vizattn.*9\.0"):
+        vizattn.load_adapter(create("vit"), bundle)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_missing_file(bundle, name):
+    (bundle / name).unlink()
+    with pytest.raises(VizattnError, match=f"{name} is missing"):
+        vizattn.load_adapter(create("vit"), bundle)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(VizattnError, match="no such folder"):
+        read_bundle(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format_version": 1}', '{"format_version": 1, "adapters": 3}'])
+def test_damaged_config(bundle, text):
+    (bundle / CONFIG_NAME).write_text(text)
+    model = create("vit")
+    with pytest.raises(VizattnError, match="damaged"):
+        vizattn.load_adapter(model, bundle)
+    assert unchanged(model)
+
+
+def test_unknown_method_and_option(bundle):
+    edit(bundle, adapters=[{"method": "vpf", "options": {}}])
+    with pytest.raises(VizattnError, match="Unknown adapter 'vpf'"):
+        vizattn.load_adapter(create("vit"), bundle)
+    edit(bundle, adapters=[{"method": "vpt", "options": {"tokens": 3}}])
+    model = create("vit")
+    with pytest.raises(VizattnError, match="num_tokens"):
+        vizattn.load_adapter(model, bundle)
+    assert unchanged(model)
+
+
+def test_load_onto_an_adapted_model(bundle):
+    model = vizattn.attach(create("vit"), "linear_probe")
+    with pytest.raises(VizattnError, match="detach"):
+        vizattn.load_adapter(model, bundle)
+    assert [a.method for a in attached(model)] == ["linear_probe"]
+
+
+def test_save_without_adapter_or_with_wrong_names(tmp_path):
+    with pytest.raises(VizattnError, match="no adapter is attached"):
+        vizattn.save_adapter(create("vit"), tmp_path / "bundle")
+    with pytest.raises(VizattnError, match="2 class names for a head of 5"):
+        vizattn.save_adapter(vizattn.attach(create("vit"), "linear_probe"), tmp_path / "bundle", class_names=["a", "b"])
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_full_disk_leaves_the_old_bundle(bundle, monkeypatch):
+    before = {p.name: p.read_bytes() for p in bundle.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        vizattn.save_adapter(vizattn.attach(create("vit"), "linear_probe"), bundle)
+    assert {p.name: p.read_bytes() for p in bundle.iterdir()} == before

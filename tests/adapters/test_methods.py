@@ -1,0 +1,341 @@
+"""What is particular to one method: definitions, counts, costs."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import create, images, randomise
+from torch import nn
+
+import vizattn
+from vizattn.adapters import attached, cache_level, query_maps
+from vizattn.adapters.anatomy import attend, describe
+from vizattn.adapters.apla import PartialLinear
+from vizattn.adapters.efficient_probing import EfficientProbe
+from vizattn.adapters.hst import TwoKeyAttention
+from vizattn.errors import VizattnError
+
+TOKEN_MODELS = ["vit_va", "vit", "deit_distilled", "dinov2_reg", "siglip", "clip", "dinov3", "beit", "eva02"]
+
+COUNTS = [
+    ("vpt", {"num_tokens": 50}, 460_800),
+    ("vpt", {"num_tokens": 50, "deep": False}, 38_400),
+    ("apla", {"num_rows": 8}, 73_824),
+    ("apla", {"num_rows": 128}, 1_181_184),
+    ("apla", {"num_rows": 768}, 7_087_104),
+    ("hst", {}, 764_840),
+    ("efficient_probing", {"num_queries": 32}, 614_400),
+    ("linear_probe", {}, 0),
+]
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_va_base_patch16_224"])
+@pytest.mark.parametrize(("method", "options", "count"), COUNTS)
+def test_parameter_counts_on_vit_base(name, method, options, count):
+    model = timm.create_model(name, num_classes=10, device="meta")
+    summary = vizattn.trainable_summary(vizattn.attach(model, method, **options))
+    assert summary.without_head == count
+    head = sum(p.numel() for p in model.get_classifier().parameters())
+    assert summary.with_head == count + head and head > 0
+
+
+class Inserted(nn.Module):
+    """The published definition of deep prompts: insert after the class token, run the block, strip."""
+
+    def __init__(self, block: nn.Module, prompts: torch.Tensor, prefix: int):
+        super().__init__()
+        self.block, self.prompts, self.prefix = block, prompts, prefix
+
+    def forward(self, x, *args, **kwargs):
+        count = len(self.prompts)
+        prompts = self.prompts.expand(len(x), -1, -1)
+        # among the tokens that are not rotated, after the class token
+        x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
+        x = self.block(x, *args, **kwargs)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix + count :]], dim=1)
+
+
+@pytest.mark.parametrize("row", ["vit_va", "vit", "dinov2_reg", "siglip", "clip", "dinov3", "eva02"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_deep_prompts_equal_inserted_tokens(row, dtype):
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    model = vizattn.attach(create(row), "vpt", num_tokens=3)
+    randomise(model)
+    model.to(dtype)
+    prompts = [p.detach().clone().requires_grad_() for p in model.adapters["vpt"].prompts]
+    naive = create(row).to(dtype)
+    naive.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("adapters.")})
+    for i, prompt in enumerate(prompts):
+        block = naive.blocks[i]
+        if hasattr(block.attn, "num_prefix_tokens"):
+            block.attn.num_prefix_tokens += 3
+        naive.blocks[i] = Inserted(block, prompt, naive.num_prefix_tokens)
+    x = images().to(dtype)
+    out, expected = model(x), naive(x)
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+    out.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    for ours, theirs in zip(model.adapters["vpt"].prompts, prompts, strict=True):
+        assert (ours.grad - theirs.grad).abs().max() <= 10 * tolerance * theirs.grad.abs().max()
+
+
+@pytest.mark.parametrize("row", TOKEN_MODELS)
+def test_shallow_prompts_are_carried(row):
+    """One set through all blocks, as when it is inserted once and taken out at the end."""
+    model = vizattn.attach(create(row), "vpt", num_tokens=3, deep=False)
+    randomise(model)
+    naive = create(row)
+    naive.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("adapters.")})
+    prompts = model.adapters["vpt"].prompts[0].detach()
+    anatomy = describe(naive)
+
+    def insert(_module, args):
+        return torch.cat([prompts.expand(len(args[0]), -1, -1), args[0]], dim=1), *args[1:]
+
+    anatomy.blocks[0].block.register_forward_pre_hook(insert)
+    anatomy.blocks[-1].block.register_forward_hook(lambda _m, _a, out: out[:, 3:])
+    for b in anatomy.blocks:
+        if hasattr(b.attn, "num_prefix_tokens"):
+            b.attn.num_prefix_tokens += 3
+        if row == "beit":
+            b.attn.forward = lambda x, a=b.attn, **kw: attend(a, x, None, 3, **kw)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), naive(images()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [*TOKEN_MODELS, "swin"])
+def test_attend_is_the_attention(row):
+    """Without prompts `attend` computes what the model's own attention does, in outputs and gradients."""
+    model, other = create(row).double(), create(row).double()
+    for b in describe(other).blocks:
+        b.attn.forward = lambda x, grid_size=None, a=b.attn, **kw: attend(a, x, **kw)
+    x, y = images().double().requires_grad_(), images().double().requires_grad_()
+    out, expected = other(y), model(x)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    out.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_prompt_keys_and_values_are_kept_in_inference_and_renewed_after_a_change():
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=3)
+    x = images()
+    calls = []
+    model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        first = model(x)
+        count = len(calls)
+        assert torch.equal(model(x), first)
+        assert count == 2 and len(calls) == 3  # prompts and tokens; then tokens alone
+        randomise(model)
+        assert not torch.equal(model(x), first)
+        state = {k: torch.zeros_like(v) for k, v in model.state_dict().items() if k.startswith("adapters.")}
+        changed = model(x)
+        model.load_state_dict(state, strict=False)
+        assert not torch.equal(model(x), changed)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model(x).isfinite().all()
+
+
+def test_prompt_dropout_differs_between_samples_and_is_off_in_eval():
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=3, dropout=0.5).train()
+    x = images(1).expand(4, -1, -1, -1)
+    out = model(x)
+    assert not torch.allclose(out[0], out[1])
+    out = model.eval()(x)
+    torch.testing.assert_close(out[0], out[1])
+
+
+def test_apla_trains_only_chosen_rows():
+    model, reference = create("vit"), create("vit")
+    vizattn.attach(model, "apla", num_rows=5).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(images()).pow(2).mean().backward()
+    assert all(b.attn.proj.weight.grad is None for b in model.blocks)
+    optimizer.step()
+    partial = [b.attn.proj for b in model.blocks]
+    chosen = [set(p.indices.tolist()) for p in partial]
+    assert all(len(c) == 5 for c in chosen) and len(set(map(frozenset, chosen))) > 1
+    vizattn.merge(model)
+    for own, other, rows in zip(model.blocks, reference.blocks, chosen):
+        changed = (own.attn.proj.weight != other.attn.proj.weight).any(dim=1)
+        assert set(changed.nonzero().flatten().tolist()) <= rows and changed.any()
+
+
+@given(
+    d_in=st.integers(1, 9), d_out=st.integers(1, 9), rows=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99)
+)
+@settings(deadline=None, max_examples=40)
+def test_partial_linear_gradients(d_in, d_out, rows, bias, seed):
+    """Against autograd through the whole weight, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64).requires_grad_(False)
+    partial = PartialLinear(linear, torch.randperm(d_out, generator=generator)[: min(rows, d_out)])
+    with torch.no_grad():
+        partial.rows.add_(torch.randn(partial.rows.shape, generator=generator))
+    x = torch.randn(2, 3, d_in, dtype=torch.float64, generator=generator).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    weight, offset = partial.merged()
+    weight.requires_grad_()
+    torch.testing.assert_close(partial(x), nn.functional.linear(y, weight, offset))
+    partial(x).pow(2).sum().backward()
+    nn.functional.linear(y, weight, offset).pow(2).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(partial.rows.grad, weight.grad[partial.indices])
+    assert torch.autograd.gradcheck(lambda x: partial(x), (x,))
+
+
+@given(dim=st.sampled_from([4, 8, 24]), tokens=st.integers(1, 7), batch=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_two_key_attention_is_softmax_attention(dim, tokens, batch, seed):
+    torch.manual_seed(seed)
+    attention = TwoKeyAttention(dim, 2).double()
+    x = torch.randn(batch, tokens, dim, dtype=torch.float64, requires_grad=True)
+    pair = torch.randn(batch, 2, dim, dtype=torch.float64, requires_grad=True)
+
+    def heads(t):
+        return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+    q, k, v = heads(attention.q(x)), heads(attention.k(pair)), heads(attention.v(pair))
+    scores = (q @ k.transpose(-2, -1) * (dim // 2) ** -0.5).softmax(-1)
+    expected = attention.proj((scores @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, pair), expected)
+    ours = torch.autograd.grad(attention(x, pair).pow(2).sum(), [x, pair, attention.q.weight, attention.proj.weight])
+    naive = torch.autograd.grad(expected.pow(2).sum(), [x, pair, attention.q.weight, attention.proj.weight])
+    for a, b in zip(ours, naive):
+        torch.testing.assert_close(a, b)
+
+
+@given(
+    queries=st.sampled_from([1, 2, 4]), d_out=st.sampled_from([1, 2]), tokens=st.integers(1, 6), seed=st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=20)
+def test_efficient_probe_is_the_published_sum(queries, d_out, tokens, seed):
+    """Project every token, then pool: the order of the definition."""
+    torch.manual_seed(seed)
+    dim = 16
+    probe = EfficientProbe(dim, queries, d_out).double()
+    with torch.no_grad():
+        probe.queries.normal_()
+    x = torch.randn(2, tokens, dim, dtype=torch.float64)
+    values = probe.v(x).unflatten(-1, (queries, -1))  # B, N, Q, E/Q
+    maps = (torch.einsum("qd,bnd->bqn", probe.queries, x) / dim**0.5).softmax(-1)
+    torch.testing.assert_close(probe.attention(x), maps)
+    torch.testing.assert_close(probe(x), torch.einsum("bqn,bnqe->bqe", maps, values).flatten(1))
+
+
+@pytest.mark.parametrize("row", ["vit_va", "dinov2_reg", "siglip", "swin"])
+def test_query_maps(row):
+    model = vizattn.attach(create(row), "efficient_probing", num_queries=4)
+    maps = query_maps(model, images())
+    assert maps.shape[:2] == (2, 4) and maps.shape[2] == maps.shape[3] >= 4
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 4))
+
+
+def test_probing_with_and_without_the_class_token():
+    model = create("vit")
+    x = images()
+    features = create("vit")
+    features.norm = nn.Identity()
+    tokens = features.forward_features(x)
+    for include_cls, expected in ((False, tokens[:, 1:]), (True, tokens)):
+        vizattn.attach(model, "efficient_probing", num_queries=4, include_cls=include_cls)
+        assert torch.equal(attached(model)[0].module.tokens(model.forward_features(x)), expected)
+        vizattn.detach(model)
+    with pytest.raises(VizattnError, match="class token"):
+        vizattn.attach(create("siglip"), "efficient_probing", num_queries=4, include_cls=True)
+
+
+def test_methods_that_compose():
+    x = images()
+    for first, second in (("vpt", "efficient_probing"), ("apla", "efficient_probing"), ("vpt", "apla")):
+        model = create("vit")
+        options = {"vpt": {"num_tokens": 2}, "apla": {"num_rows": 4}, "efficient_probing": {"num_queries": 4}}
+        vizattn.attach(model, first, **options[first])
+        vizattn.attach(model, second, **options[second])
+        randomise(model)
+        out = model.train()(x)
+        out.pow(2).mean().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert cache_level(model) is None
+        model.eval()
+        with torch.no_grad():
+            before = model(x)
+            with vizattn.disabled(model):
+                assert torch.equal(model(x), create("vit")(x))
+            assert torch.equal(model(x), before)
+        vizattn.detach(model)
+        with torch.no_grad():
+            assert torch.equal(model(x), create("vit")(x))
+
+
+def test_adapters_that_do_not_compose_are_refused():
+    model = vizattn.attach(create("vit"), "hst", widths=(8, 8, 16, 16), num_heads=(2, 2, 4, 4))
+    with pytest.raises(VizattnError, match="does not compose with 'hst'"):
+        vizattn.attach(model, "vpt")
+    assert [a.method for a in attached(model)] == ["hst"]
+
+
+def test_reset_classifier_while_attached():
+    for method, options in (("vpt", {}), ("efficient_probing", {"num_queries": 4, "d_out": 2}), ("linear_probe", {})):
+        model = vizattn.attach(create("vit"), method, **options)
+        model.reset_classifier(9)
+        assert model(images()).shape == (2, 9)
+        assert all(p.requires_grad for p in model.get_classifier().parameters())
+        vizattn.detach(model)
+        with torch.no_grad():
+            assert torch.equal(model(images()), create("vit")(images()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "xcit_nano_12_p16_224", "swinv2_cr_tiny_224"])
+def test_unknown_architectures_are_refused_with_the_list(name):
+    model = timm.create_model(name)
+    with pytest.raises(VizattnError, match="Supported: vizattn's ViT"):
+        vizattn.attach(model, "vpt")
+    assert vizattn.attach(model, "linear_probe") is model
+
+
+def test_unknown_names():
+    with pytest.raises(VizattnError, match="Did you mean 'vpt'"):
+        vizattn.attach(create("vit"), "vtp")
+    with pytest.raises(VizattnError, match="Did you mean 'num_tokens'"):
+        vizattn.attach(create("vit"), "vpt", num_token=3)
+    with pytest.raises(VizattnError, match="linear_probe' has no options"):
+        vizattn.attach(create("vit"), "linear_probe", lr=1)
+
+
+def test_a_parameter_without_gradient_is_noticed(monkeypatch):
+    """As when an attention goes around the module that an adapter wrapped."""
+    monkeypatch.setattr(PartialLinear, "forward", lambda self, x: nn.functional.linear(x, self.weight, self.bias))
+    model = create("vit")
+    with pytest.raises(VizattnError, match=r"no gradient reaches blocks\.0\.attn\.proj\.rows"):
+        vizattn.attach(model, "apla", num_rows=3)
+    assert not attached(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    model = create("vit", drop_path_rate=0.5, attn_drop_rate=0.5, pos_drop_rate=0.5)
+    vizattn.attach(model, "vpt", num_tokens=2).train()
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(model(images()), model(images()))
+    vizattn.detach(model)
+    assert model.training
+    with torch.no_grad():
+        assert not torch.equal(model(images()), model(images()))
+
+
+def test_hst_side_maps():
+    model = vizattn.attach(create("vit", img_size=(64, 96)), "hst", widths=(8, 8, 16, 24), num_heads=(2, 2, 4, 4))
+    x = torch.randn(2, 3, 64, 96)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 24), (8, 8, 12), (16, 4, 6), (24, 2, 3)]
+    assert torch.equal(model.forward_features(x), maps[-1])
+    assert [tuple(m.shape[1:]) for m in model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)] == [
+        (8, 8, 12),
+        (24, 2, 3),
+    ]
+    assert model.num_features == model.head_hidden_size == 24
