@@ -59,3 +59,9 @@ def recipe(image_folder: Path) -> dict[str, Any]:
         "schedule": {"epochs": 4, "warmup_epochs": 1},
         "logging": {"interval": 2},
     }
+
+
+@pytest.fixture
+def adapter_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same with the pretrained model, as adapters need it."""
+    return {**recipe, "model": {"name": "vit_va_nano_patch4_32", "pretrained": True}}

@@ -87,6 +87,7 @@ def test_recipes_are_found_by_path_name_and_last_part(tmp_path: Path, monkeypatc
     (tmp_path / "classification" / "digits_vpt.py").write_text(text)
     (tmp_path / "classification" / "__init__.py").write_text("")
     monkeypatch.setattr("vizattn.engine.recipes._packaged", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)  # away from the repository, where configs/ is a folder
     assert list_recipes() == ["classification/digits_vpt"]
     path = tmp_path / "classification" / "digits_vpt.py"
     for name in ("classification/digits_vpt", "digits_vpt", "configs/classification/digits_vpt.py", path):

@@ -30,9 +30,12 @@ def torchrun(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_twice_the_batch(adapter_recipe: dict[str, Any], tmp_path: Path) -> None:
     """Batches of 2 x 3 images are those of one process with 6: the mean gradients are the same but for rounding."""
-    recipe |= {"adapter": {"method": "vpt", "num_tokens": 2}, "optimizer": {"accumulate": 2, "name": "sgd", "lr": 0.1}}
+    recipe = adapter_recipe | {
+        "adapter": {"method": "vpt", "num_tokens": 2},
+        "optimizer": {"accumulate": 2, "name": "sgd", "lr": 0.1},
+    }
     halved = {**recipe, "data": {**recipe["data"], "batch_size": 3}}
     (tmp_path / "recipe.json").write_text(json.dumps(halved))
     out = torchrun("-m", "vizattn", "train", "recipe.json", "--work-dir", "two", cwd=tmp_path)
@@ -46,6 +49,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe: dict[str, Any],
     start = {name: tensor.abs().mean() for name, tensor in theirs.items()}
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5 * float(start[name]) + 1e-7)
+
+
+def test_the_model_that_two_processes_measure_is_the_one_they_export(
+    adapter_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The batch norm of efficient probing sees other images in each process."""
+    recipe = adapter_recipe | {"adapter": {"method": "efficient_probing", "num_queries": 2}, "ema": {"decay": 0.5}}
+    recipe |= {"optimizer": {"lr": 0.02}, "schedule": {"epochs": 2}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    torchrun("-m", "vizattn", "train", "recipe.json", "--work-dir", "two", cwd=tmp_path)
+    told = json.loads((tmp_path / "two" / "results.json").read_text())["metrics"]
+    for split in ("val", "test"):
+        found = evaluate(tmp_path / "two", split=split)
+        for key in ("accuracy", "accuracy_top5", "samples", "accuracy_per_class"):
+            assert found[key] == told[split][key]
+        assert found["loss"] == pytest.approx(told[split]["loss"], rel=1e-6)
 
 
 @pytest.mark.slow

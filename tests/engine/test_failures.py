@@ -107,11 +107,11 @@ def test_a_checkpoint_on_a_full_device_is_an_os_error(tmp_path: Path, monkeypatc
 
 
 def test_a_cache_that_cannot_be_written(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VIZATTN_HOME", str(tmp_path / "file"))
-    recipe |= {"adapter": {"method": "linear_probe"}}
+    recipe = adapter_recipe | {"adapter": {"method": "linear_probe"}}
     with pytest.raises(VizattnError, match=r"Cannot write .*VIZATTN_HOME .*cache_features=False"):
         train(recipe, work_dir=tmp_path / "run", quiet=True)
 
@@ -126,9 +126,9 @@ def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
 
 
 def test_other_frozen_weights_cannot_be_resumed(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe |= {"adapter": {"method": "vpt"}, "schedule": {"epochs": 1}}
+    recipe = adapter_recipe | {"adapter": {"method": "vpt"}, "schedule": {"epochs": 1}}
     train(recipe, work_dir=tmp_path, quiet=True)
     monkeypatch.setattr("vizattn.adapters.fingerprint", lambda model: "another")
     with pytest.raises(VizattnError, match=r"trained on other frozen weights of vit_va_nano_patch4_32"):

@@ -32,9 +32,9 @@ def bundle_weights(work_dir: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_cached_is_uncached_bit_for_bit(
-    recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any], amp: str | None
+    adapter_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any], amp: str | None
 ) -> None:
-    recipe |= {"adapter": adapter, "amp": amp}
+    recipe = adapter_recipe | {"schedule": {"epochs": 2}} | {"adapter": adapter, "amp": amp}
     uncached = train({**recipe, "cache_features": False}, work_dir=tmp_path / "uncached", quiet=True)
     assert not cache_folder().exists()
     cached = train(recipe, work_dir=tmp_path / "cached", quiet=True)
@@ -48,8 +48,8 @@ def test_cached_is_uncached_bit_for_bit(
     assert cached.metrics == uncached.metrics == again.metrics
 
 
-def test_random_transforms_and_mixing_are_never_cached(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe |= {"adapter": {"method": "linear_probe"}, "schedule": {"epochs": 1}}
+def test_random_transforms_and_mixing_are_never_cached(adapter_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = adapter_recipe | {"adapter": {"method": "linear_probe"}, "schedule": {"epochs": 1}}
     train({**recipe, "data": {**recipe["data"], "augment": "light"}}, work_dir=tmp_path / "light", quiet=True)
     train({**recipe, "loss": {"mixup": 0.2}}, work_dir=tmp_path / "mixup", quiet=True)
     assert not cache_folder().exists()

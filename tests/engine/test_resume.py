@@ -46,14 +46,16 @@ def weights(work_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_uninterrupted_run(
+    recipe: dict[str, Any], adapter_recipe: dict[str, Any], tmp_path: Path
+) -> None:
     every_three = {"checkpoint": {"interval_iters": 3}}
     runs: list[dict[str, Any]] = [
         # In an epoch with a checkpoint every 3 iterations, before any checkpoint, and while one is written.
         {"name": "everything", "config": merged(recipe, EVERYTHING | every_three), "iteration": 14},
         {"name": "early", "config": merged(recipe, EVERYTHING), "iteration": 3},
-        {"name": "writing", "config": merged(recipe, VPT), "checkpoint": 2},
-        {"name": "cached", "config": merged(recipe, PROBE), "checkpoint": 3},
+        {"name": "writing", "config": merged(adapter_recipe, VPT), "checkpoint": 2},
+        {"name": "cached", "config": merged(adapter_recipe, PROBE), "checkpoint": 3},
     ]
     for run in runs:
         run["work_dir"] = str(tmp_path / run["name"])
@@ -90,8 +92,10 @@ def test_a_finished_run_resumes_to_itself(recipe: dict[str, Any], tmp_path: Path
     assert again.metrics == first.metrics
 
 
-def test_checkpoints_hold_only_data_and_little_beside_an_adapter(recipe: dict[str, Any], tmp_path: Path) -> None:
-    config = merged(recipe, {"adapter": {"method": "vpt", "num_tokens": 2}, "checkpoint": {"keep": 2}})
+def test_checkpoints_hold_only_data_and_little_beside_an_adapter(
+    adapter_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    config = merged(adapter_recipe, {"adapter": {"method": "vpt", "num_tokens": 2}, "checkpoint": {"keep": 2}})
     train(config, work_dir=tmp_path, quiet=True)
     kept = checkpoints_in(tmp_path / "checkpoints")
     assert [path.stem for path in kept] == ["iter_00000015", "iter_00000020"]
@@ -130,7 +134,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     [
         ({"optimizer": {"lr": 0.5}}, r"optimizer.lr: 0.001 in the checkpoint, 0.5 now"),
         ({"model": {"depth": 1}}, r"model.depth: 2 in the checkpoint, 1 now"),
-        ({"adapter": {"method": "vpt"}}, r"adapter.method: None in the checkpoint, 'vpt' now"),
+        ({"adapter": {"method": "full"}}, r"adapter.method: None in the checkpoint, 'full' now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_named(

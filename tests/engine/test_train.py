@@ -62,13 +62,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe: dict[
 
 
 def test_pretrained_weights_are_what_training_starts_from(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # mmengine initialises the weights of a model that has `init_weights`, which timm's models do.
     created = []
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: created.append(create(*a, **k)) or created[-1])
-    recipe |= {"adapter": {"method": "vpt", "num_tokens": 2}, "schedule": {"epochs": 1}}
+    recipe = adapter_recipe | {"adapter": {"method": "vpt", "num_tokens": 2}, "schedule": {"epochs": 1}}
     seen: list[torch.Tensor] = []
     result = train(
         recipe,
@@ -82,7 +82,7 @@ def test_pretrained_weights_are_what_training_starts_from(
     assert bundle["class_names"] == ["left", "middle", "right"]
     assert bundle["preprocessing"] == result.preprocessing
     assert bundle["metadata"]["accuracy"]["test"] == result.metrics["test"]["accuracy"]
-    assert result.params["without_head"] == 2 * 2 * 32
+    assert result.params["without_head"] == 6 * 2 * 96
 
 
 @pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"deterministic": True}, {"ema": {"decay": 0.5}}])

@@ -15,11 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trained",
         metavar="CONFIG|WORK_DIR",
         nargs="?",
-        help="the work directory of a run, or the recipe it was trained by (looked up in work_dirs/<recipe>)",
+        help="the work directory or a checkpoint of a run, or the recipe of one (looked up in work_dirs/<recipe>)",
     )
     parser.add_argument("--bundle", metavar="DIR", help="measure this bundle instead")
     parser.add_argument("--data", metavar="DIR", help="a folder of images, one sub-folder a class")
-    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument(
+        "--split", help="train, val or test (default: test; all images where --data has no split folders)"
+    )
     parser.add_argument(
         "--cfg-options", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="set options of the recipe"
     )
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or JSON."""
+    from vizattn.data.folder import has_split_folders
     from vizattn.engine import evaluate
     from vizattn.engine.config import parse_overrides
     from vizattn.engine.recipes import find_recipe, recipe_name
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.bundle or args.trained
     if folder is None or (args.bundle and args.trained):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
-    if not Path(folder).is_dir():
+    if not Path(folder).is_dir() and Path(folder).suffix != ".pth":
         if args.bundle:
             raise VizattnError(f"There is no bundle {folder}: no such folder.")
         trained = Path("work_dirs") / recipe_name(find_recipe(folder))
@@ -49,19 +52,18 @@ def run(args: argparse.Namespace) -> int:
     overrides = {"amp": args.amp} if args.amp else {}
     if args.data is not None:
         overrides |= {"data.name": "folder", "data.root": args.data}
-    metrics = evaluate(
-        folder, split=args.split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device
-    )
+    split = args.split or ("all" if args.data is not None and not has_split_folders(args.data) else "test")
+    metrics = evaluate(folder, split=split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device)
     if not is_main_process():
         return 0
     if args.json:
-        print(json.dumps({"model": str(folder), "split": args.split, **metrics}, indent=2))
+        print(json.dumps({"model": str(folder), "split": split, **metrics}, indent=2))
         return 0
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{escape(str(folder))}: {args.split}, {metrics['samples']} images")
+    table = Table(title=f"{escape(str(folder))}: {split}, {metrics['samples']} images")
     table.add_column("class")
     table.add_column("accuracy", justify="right")
     for name, accuracy in metrics["accuracy_per_class"].items():

@@ -22,7 +22,9 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vizattn predict`."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders (with all below), or globs")
-    parser.add_argument("--bundle", required=True, type=Path, help="a bundle, or the work directory of a run")
+    parser.add_argument(
+        "--bundle", required=True, type=Path, help="a bundle, or the work directory or a checkpoint of a run"
+    )
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
@@ -33,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and print; 1 if some image could not be read, which the results and stderr name."""
     from vizattn.data import build_transforms
+    from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
 
     paths = expand(args.images)
     trained = load_trained(args.bundle)
-    model = _to_device(trained.model, args.device)
+    model = trained.model.to(choose_device(args.device))
     transform = build_transforms(trained.preprocessing, train=False)
     results = []
     for batch in _with_progress(paths, args.batch_size):
@@ -106,18 +109,6 @@ def predict_batch(
                 for p, c in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
     return results
-
-
-def _to_device(model: nn.Module, device: str | None) -> nn.Module:
-    import torch
-
-    from vizattn.errors import VizattnError
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise VizattnError(f"Cannot use the device {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _with_progress(paths: Sequence[Path], batch_size: int) -> Iterator[Sequence[Path]]:

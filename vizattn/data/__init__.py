@@ -47,7 +47,7 @@ def build_dataset(
 
     Args:
         name: "digits", "glyphs" or "folder".
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; for "folder" also "all", see `ImageFolder`.
         root: Where the images are; for "folder" only.
         transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors). Without it items are PIL images.
         options: See `Glyphs` and `ImageFolder`. An option that only other data sets have is left unused, so that a
@@ -71,7 +71,7 @@ def build_dataset(
 
 
 def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
-    """The splits that `build_dataset` can build: all three, except for a folder with `train` but no `test` inside."""
+    """The splits that `build_dataset` can build: all three, except for folders that lack some of them."""
     chosen = _options(name, "train", options)
     if name != "folder":
         return list(SPLITS)
@@ -84,7 +84,7 @@ def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, *
 def _options(name: str, split: str, options: dict[str, Any]) -> dict[str, Any]:
     if name not in DATASETS:
         raise unknown("data set", name, DATASETS)
-    if split not in SPLITS:
+    if split not in SPLITS and not (name == "folder" and split == "all"):
         raise unknown("split", split, SPLITS)
     known = {option for names in DATASETS.values() for option in names}
     for option in options:

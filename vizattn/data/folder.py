@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from vizattn.data.images import find_images, hidden, load_rgb, unreadable
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["ImageFolder", "folder_splits"]
+__all__ = ["ImageFolder", "folder_splits", "has_split_folders"]
 
 _ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _EXPECTED = """Expected one folder a class, split automatically,
@@ -25,6 +25,7 @@ or split by you,
   {root}/val/<class>/<image>.jpg
   {root}/test/<class>/<image>.jpg
 """
+_SPLIT_NAMES = {name for names in _ALIASES.values() for name in names}
 _SHOWN = 12  # lines of a tree, and names in a message
 
 
@@ -34,7 +35,8 @@ class ImageFolder(Dataset):
     With `root/train/<class>/` the split folders are used ("valid" and "validation" are taken for "val"); where there is
     no val folder, it is split off train. With `root/<class>/` all three splits are made automatically: each class on
     its own, in an order that hashes the seed and the file's name, so that neither the file system nor the other files
-    change where an image goes. Class names are the sorted folder names; hidden files are ignored.
+    change where an image goes. A val or test split without any image is left out; the split "all" is all images. Class
+    names are the sorted folder names; hidden files are ignored.
 
     Unreadable images are looked for at construction: the val and test splits are decoded whole, the train split by
     header and end of file. `skipped` lists what was left out, so the length is known before the first batch and is the
@@ -43,7 +45,7 @@ class ImageFolder(Dataset):
 
     Args:
         root: The folder.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; with `root/<class>/` also "all".
         transform: Applied to each image.
         val_fraction: Share of each class for validation where that is split automatically.
         test_fraction: The same for the test split; used with `root/<class>/` only.
@@ -79,6 +81,8 @@ class ImageFolder(Dataset):
         self.transform = transform
         self.on_error = on_error
         splits = _splits(self.root, val_fraction, test_fraction, seed)
+        if split == "all" and not has_split_folders(self.root):
+            splits["all"] = _classes(self.root, "")
         if split not in splits:
             raise VizattnError(f"There is no {split} split in {self.root}; it has {', '.join(splits)}.")
         self.class_names = list(splits[split])
@@ -139,12 +143,18 @@ class ImageFolder(Dataset):
 def folder_splits(
     root: str | os.PathLike[str], val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0
 ) -> list[str]:
-    """The names of the splits that `ImageFolder` can give, "train" first.
+    """The names of the splits that `ImageFolder` can give, beside "all": "train" first, if it is there.
 
     Raises:
         VizattnError: As `ImageFolder`.
     """
     return list(_splits(os.path.abspath(root), val_fraction, test_fraction, seed))
+
+
+def has_split_folders(root: str | os.PathLike[str]) -> bool:
+    """Whether `root` has split folders with class folders inside, and not class folders themselves."""
+    folders = _split_folders(os.path.abspath(root))
+    return "train" in folders or (bool(folders) and _SPLIT_NAMES.issuperset(_subfolders(os.fspath(root))))
 
 
 def _splits(root: str, val_fraction: float, test_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
@@ -156,26 +166,36 @@ def _splits(root: str, val_fraction: float, test_fraction: float, seed: int) -> 
         raise VizattnError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on.")
     if not os.path.isdir(root):
         raise VizattnError(f"There is no folder {root}.\n{_EXPECTED.format(root=root)}{_nearest(root)}")
-    folders = {
-        split: next((name for name in names if _subfolders(os.path.join(root, name))), None)
-        for split, names in _ALIASES.items()
-    }
-    if folders["train"] is None:
+    if not has_split_folders(root):
         classes = _classes(root, "")
         _demand_images(root, "", classes)
         parts = {name: _divide(files, val_fraction, test_fraction, seed) for name, files in classes.items()}
-        splits = ("train", "val", "test")
-        return {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(splits)}
+        return _nonempty(parts, ("train", "val", "test"))
 
-    found = {split: _classes(root, name) for split, name in folders.items() if name}
-    _demand_images(root, folders["train"], found["train"])
+    folders = _split_folders(root)
+    found = {split: _classes(root, name) for split, name in folders.items()}
+    first = next(iter(found))
+    _demand_images(root, folders[first], found[first])
     for split, classes in found.items():
-        _demand_same_classes(root, split, classes, found["train"])
-    if "val" not in found:
+        _demand_same_classes(root, split, classes, first, found[first])
+    if "train" in found and "val" not in found:
         parts = {name: _divide(files, val_fraction, 0.0, seed) for name, files in found["train"].items()}
-        found["train"] = {name: part[0] for name, part in parts.items()}
-        found["val"] = {name: part[1] for name, part in parts.items()}
+        found |= _nonempty(parts, ("train", "val"))
     return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def _split_folders(root: str) -> dict[str, str]:
+    """Split to the folder of that name which has folders inside."""
+    found = {
+        split: next((name for name in names if _subfolders(os.path.join(root, name))), None)
+        for split, names in _ALIASES.items()
+    }
+    return {split: name for split, name in found.items() if name}
+
+
+def _nonempty(parts: dict[str, tuple[list[str], ...]], splits: tuple[str, ...]) -> dict[str, dict[str, list[str]]]:
+    divided = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(splits)}
+    return {split: classes for split, classes in divided.items() if any(classes.values())}
 
 
 def _divide(files: list[str], val_fraction: float, test_fraction: float, seed: int) -> tuple[list[str], ...]:
@@ -206,8 +226,7 @@ def _subfolders(folder: str) -> list[str]:
 def _demand_images(root: str, folder: str | None, classes: dict[str, list[str]]) -> None:
     where = os.path.join(root, folder) if folder else root
     empty = [name for name, files in classes.items() if not files]
-    split_names = {name for names in _ALIASES.values() for name in names}
-    if classes and not folder and split_names.issuperset(classes):
+    if classes and not folder and _SPLIT_NAMES.issuperset(classes):
         problem = f"There are no class folders in {_quoted(list(classes))} of {where}."
     elif not classes:
         problem = f"{where} has no class folders."
@@ -220,13 +239,15 @@ def _demand_images(root: str, folder: str | None, classes: dict[str, list[str]])
     raise VizattnError(f"{problem}\n{_EXPECTED.format(root=root)}{_tree(root)}")
 
 
-def _demand_same_classes(root: str, split: str, classes: dict[str, list[str]], train: dict[str, list[str]]) -> None:
-    extra, missing = [n for n in classes if n not in train], [n for n in train if n not in classes]
+def _demand_same_classes(
+    root: str, split: str, classes: dict[str, list[str]], first: str, expected: dict[str, list[str]]
+) -> None:
+    extra, missing = [n for n in classes if n not in expected], [n for n in expected if n not in classes]
     if extra or missing:
-        problems = [f"has {_quoted(extra)}, which train lacks"] if extra else []
-        problems += [f"lacks {_quoted(missing)}, which train has"] if missing else []
+        problems = [f"has {_quoted(extra)}, which {first} lacks"] if extra else []
+        problems += [f"lacks {_quoted(missing)}, which {first} has"] if missing else []
         raise VizattnError(
-            f"The classes of the {split} folder must be those of train: it {' and '.join(problems)}. A class without "
+            f"The classes of the {split} folder must be those of {first}: it {' and '.join(problems)}. A class without "
             f"{split} images is an empty folder.\n{_tree(root)}"
         )
     if not any(classes.values()):

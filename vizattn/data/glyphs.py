@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vizattn.data.transforms import is_deterministic
+from vizattn.errors import VizattnError
 
 __all__ = ["CLASS_NAMES", "FACES", "IMAGE_SIZE", "LENGTHS", "Glyphs", "draw"]
 
@@ -90,6 +91,8 @@ class Glyphs(Dataset):
         self.split = split
         self.class_names = list(CLASS_NAMES)
         self.transform = transform
+        if length is not None and length < 1:
+            raise VizattnError(f"The length of glyphs must be at least 1, not {length}.")
         self.length = length or LENGTHS[split]
         self.seed = seed
         self.epoch = 0

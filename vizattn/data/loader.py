@@ -28,7 +28,7 @@ def build_loader(
 ) -> DataLoader:
     """A loader of `(images, labels)` batches.
 
-    Call `loader.sampler.set_epoch(epoch)` before each training epoch (mmengine's `DistSamplerSeedHook` does). To go on
+    Call `loader.sampler.set_epoch(epoch)` before each training epoch (the engine's `SeedHook` does). To go on
     in the middle of an epoch call `loader.sampler.skip(batches * batch_size)` after that.
 
     Args:

@@ -19,6 +19,7 @@ __all__ = ["AUGMENTATIONS", "build_transforms", "is_deterministic", "preprocessi
 
 AUGMENTATIONS = ("none", "light", "standard")
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.ToImage, v2.ToDtype, v2.Normalize, ResizeKeepRatio, CenterCropOrPad)
 
 
@@ -44,8 +45,10 @@ def build_transforms(preprocessing: Mapping[str, Any], train: bool, augment: str
             RandAugment (1909.13719) and random erasing (1708.04896), for photographs).
 
     Raises:
-        VizattnError: Unknown augmentation or preprocessing key.
+        VizattnError: Unknown augmentation or preprocessing key, or a value that makes no sense.
     """
+    if not isinstance(preprocessing, Mapping):
+        raise VizattnError(f"The preprocessing must be a dict of {', '.join(_KEYS)}, not {preprocessing!r}.")
     if augment not in AUGMENTATIONS:
         raise unknown("augmentation", augment, AUGMENTATIONS)
     for key in preprocessing:
@@ -58,7 +61,8 @@ def build_transforms(preprocessing: Mapping[str, Any], train: bool, augment: str
             f"The preprocessing lacks {', '.join(missing)}; it has {', '.join(preprocessing) or 'nothing'}."
         )
 
-    size = [int(side) for side in settings["input_size"][-2:]]
+    _check_values(settings)
+    size = list(settings["input_size"][1:])
     interpolation = str_to_interp_mode(settings["interpolation"])
     after: list[Callable[[Any], Any]] = [
         v2.ToImage(),
@@ -74,6 +78,25 @@ def build_transforms(preprocessing: Mapping[str, Any], train: bool, augment: str
     fill = [round(255 * value) for value in settings["mean"]]
     randaugment = v2.RandAugment(num_ops=2, magnitude=9, interpolation=interpolation, fill=fill)
     return v2.Compose([crop, v2.RandomHorizontalFlip(), randaugment, *after, v2.RandomErasing(p=0.1)])
+
+
+def _check_values(settings: Mapping[str, Any]) -> None:
+    size, crop_pct = settings["input_size"], settings["crop_pct"]
+    if not _is_sequence(size, int, 3) or min(size) < 1 or size[0] != 3:
+        raise VizattnError(f"The preprocessing's input_size must be [3, height, width] in pixels, not {size!r}.")
+    for key in ("mean", "std"):
+        if not _is_sequence(settings[key], int | float, 3):
+            raise VizattnError(f"The preprocessing's {key} must be three numbers, not {settings[key]!r}.")
+    if 0 in settings["std"]:
+        raise VizattnError("The preprocessing's std must not be 0.")
+    if crop_pct is not None and not (isinstance(crop_pct, int | float) and crop_pct > 0):
+        raise VizattnError(f"The preprocessing's crop_pct must be a number above 0, not {crop_pct!r}.")
+    if settings["interpolation"] not in _INTERPOLATIONS:
+        raise unknown("interpolation", settings["interpolation"], _INTERPOLATIONS)
+
+
+def _is_sequence(value: Any, kind: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length and all(isinstance(v, kind) for v in value)
 
 
 def _evaluation_crop(size: list[int], settings: Mapping[str, Any]) -> list[Callable[[Any], Any]]:

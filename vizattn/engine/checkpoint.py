@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from vizattn.files import replacing
 
 __all__ = [
     "FORMAT_VERSION",
+    "check_same_data",
     "check_same_recipe",
     "checkpoints_in",
     "first_differences",
@@ -30,6 +29,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+
+_HEADER = {"model": dict, "config": dict, "class_names": list, "preprocessing": dict}
+_TO_RESUME = ("data", "optimizer", "schedulers", "ema", "epoch", "iteration", "best", "fingerprint", "world_size")
 
 RESUMABLE_CHANGES = ("logging", "checkpoint", "data.num_workers", "cache_features")
 """What may change when a run is resumed: none of it changes the weights."""
@@ -55,19 +57,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, safely: nothing but data is accepted.
 
     Raises:
+        OSError: There is no such file, or it may not be read.
         VizattnError: Truncated, not one of ours, or of a newer format.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise VizattnError(f"Cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or "format_version" not in state or "model" not in state:
+    except OSError:
+        raise
+    except Exception as error:  # pickle, zip and torch each have their own
+        reason = str(error).splitlines() or ["the file is empty" if not path.stat().st_size else type(error).__name__]
+        raise VizattnError(f"Cannot read the checkpoint {path}: {reason[0].rstrip('.')}.") from error
+    if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
         raise VizattnError(f"{path} is not a checkpoint of vizattn.")
     if state["format_version"] > FORMAT_VERSION:
         raise VizattnError(
             f"{path} has checkpoint format {state['format_version']}; "
             f"this version of vizattn reads up to {FORMAT_VERSION}."
         )
+    wrong = [key for key, kind in _HEADER.items() if not isinstance(state.get(key), kind)]
+    if wrong:
+        raise VizattnError(f"{path} is not a checkpoint of vizattn, or damaged: {', '.join(wrong)} missing or wrong.")
     return state
 
 
@@ -85,7 +94,10 @@ def load_newest(folder: Path, logger: logging.Logger) -> dict[str, Any] | None:
     failure: VizattnError | None = None
     for path in reversed(checkpoints_in(folder)):
         try:
-            return read_checkpoint(path)
+            state = read_checkpoint(path)
+            if missing := [key for key in _TO_RESUME if key not in state]:
+                raise VizattnError(f"The checkpoint {path} cannot be resumed: it lacks {', '.join(missing)}.")
+            return state
         except VizattnError as error:
             logger.warning("%s Trying the one before it.", error)
             failure = failure or error
@@ -124,6 +136,29 @@ def check_same_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: P
             f"The checkpoint in {where} is of another run: {'; '.join(differences[:3])}"
             f"{f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''}. "
             "Resume with the same recipe and options, or start anew in another --work-dir."
+        )
+
+
+def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """See that a run goes on with the data it began with; both have `class_names` and `data`.
+
+    Raises:
+        VizattnError: It does not; the message names the first difference.
+    """
+    before, after = saved["class_names"], now["class_names"]
+    changes = [f"class {i} was {a!r} and is {b!r}" for i, (a, b) in enumerate(zip(before, after)) if a != b]
+    if len(before) != len(after):
+        changes.append(f"there were {len(before)} classes and are {len(after)}")
+    if not changes:
+        changes = [
+            f"{name} was {saved['data'].get(name)} and is {now['data'].get(name)}"
+            for name in dict.fromkeys([*now["data"], *saved["data"]])
+            if saved["data"].get(name) != now["data"].get(name)
+        ]
+    if changes:
+        raise VizattnError(
+            f"The data is no longer that of the checkpoint in {where}: {changes[0]}. "
+            "Put the data back as it was, or start anew in another --work-dir."
         )
 
 

@@ -25,7 +25,8 @@ REQUIRED = object()
 def _optimizers() -> Iterable[str]:
     from timm.optim import list_optimizers
 
-    return [str(name) for name in list_optimizers()]
+    # It needs gradients of gradients, which mmengine's step does not make.
+    return [str(name) for name in list_optimizers() if name != "adahessian"]
 
 
 def _datasets() -> Iterable[str]:
@@ -93,16 +94,17 @@ OPTIONS: dict[str, Option] = {
 }
 """Every option of a recipe by its dotted name."""
 
+DATA_OPTIONS: dict[str, Option] = {
+    "length": Option(None, (int, _NONE), least=1),
+    "seed": Option(0, (int,), least=0),
+    "val_fraction": Option(0.1, (float,)),
+    "test_fraction": Option(0.2, (float,)),
+    "on_error": Option("skip", (str,), ["skip", "stop"]),
+}
+"""Options of the data section that only some data sets have: checked where they are given, never filled in.
 
-def _further_options(section: str) -> set[str] | None:
-    """Names beside the table's that a section may have; None where any may be and another function checks them."""
-    if section == "model":
-        return None  # timm.create_model
-    if section == "data":
-        from vizattn.data import DATASETS
-
-        return {option for options in DATASETS.values() for option in options}
-    return set()
+The fractions are shares of the images, which the data set checks.
+"""
 
 
 OFF_BY_DEFAULT = ("ema",)
@@ -117,7 +119,9 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         VizattnError: An unknown option, a wrong type, a value that is not allowed, or a missing `model.name`.
     """
-    given = copy.deepcopy({key: value for key, value in dict(config).items() if not key.startswith("_")})
+    if not isinstance(config, Mapping):
+        raise VizattnError(f"A recipe is a dict of options, not a {type(config).__name__}.")
+    given = {str(key): _plain(str(key), value) for key, value in config.items() if not str(key).startswith("_")}
     top = {name.split(".")[0] for name in OPTIONS}
     for key in given:
         if key not in top:
@@ -139,6 +143,19 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def _plain(name: str, value: Any) -> Any:
+    """A copy with lists for tuples, as JSON gives them back: a recipe equals what its `config.json` says."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(f"{name}.{key}", entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}.{place}", entry) for place, entry in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise VizattnError(
+        f"Option {name} must be made of numbers, strings, True, False, None, lists and dicts with names, not {value!r}."
+    )
+
+
 def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
     values = given.get(section, {})
     if (values is None and section in OFF_BY_DEFAULT) or (section in OFF_BY_DEFAULT and section not in given):
@@ -146,9 +163,9 @@ def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] |
     if not isinstance(values, Mapping):
         raise VizattnError(f"Option {section} must be a dict of options, not {values!r}.")
     table = {name.partition(".")[2]: option for name, option in OPTIONS.items() if name.startswith(f"{section}.")}
-    further = _further_options(section)
+    further = DATA_OPTIONS if section == "data" else {}
     for key in values:
-        if further is not None and key not in table and key not in further:
+        if section != "model" and key not in table and key not in further:  # timm.create_model checks those
             raise unknown("option", f"{section}.{key}", [f"{section}.{known}" for known in {*table, *further}])
     resolved = {}
     for key, option in table.items():
@@ -156,14 +173,13 @@ def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] |
         if value is REQUIRED:
             raise VizattnError(f"The recipe needs {section}.{key}.")
         resolved[key] = _checked(f"{section}.{key}", value, option)
-    return {**resolved, **{key: value for key, value in values.items() if key not in table}}
+    for key, value in values.items():
+        if key not in table:
+            resolved[key] = _checked(f"{section}.{key}", value, further[key]) if key in further else value
+    return resolved
 
 
 def _checked(name: str, value: Any, option: Option) -> Any:
-    if isinstance(value, Mapping):
-        value = dict(value)
-    if isinstance(value, tuple):
-        value = list(value)
     if float in option.types and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     is_type = any(type(value) is kind for kind in option.types)
@@ -223,8 +239,10 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     """A copy of `config` with the dotted names of `overrides` set; a number in a name is a place in a list.
 
     Raises:
-        VizattnError: A name that leads through something that is not a section.
+        VizattnError: A name that leads through something that is not a section, or `config` is no dict.
     """
+    if not isinstance(config, Mapping):
+        raise VizattnError(f"A recipe is a dict of options, not a {type(config).__name__}.")
     changed = copy.deepcopy(dict(config))
     for name, value in overrides.items():
         *path, last = name.split(".")

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights that train."""
+"""An exponential moving average of what training changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["EmaHook"]
 
 
 class EmaHook(Hook):
-    """Keeps ``average = decay * average + (1 - decay) * weight`` of each trained parameter, and validates with it.
+    """Keeps ``average = decay * average + (1 - decay) * weight`` of what trains, and validates with it.
+
+    That is each trained parameter, and each floating buffer, so that the running statistics of a batch norm belong to
+    the averaged weights.
 
     In the first iterations the decay is lower, (1 + t) / (10 + t), so that the untrained start is soon forgotten.
     Only what trains is copied: beside a frozen backbone the average costs next to nothing, in memory and in
@@ -27,7 +30,9 @@ class EmaHook(Hook):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        saved = model.state_dict().keys()
+        self.weights: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights |= {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()

@@ -13,13 +13,13 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from vizattn.engine.build import build_data, check_classes, choose_device, make_loader, set_transforms
-from vizattn.engine.checkpoint import load_model_state
+from vizattn.engine.build import build_data, build_model, check_classes, choose_device, make_loader, set_transforms
+from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint
 from vizattn.engine.config import apply_overrides, resolve_config
 from vizattn.engine.metrics import ClassificationMetric
 from vizattn.engine.runner import TaskRunner, distributed
 from vizattn.engine.task import ClassificationTask
-from vizattn.errors import VizattnError, unknown
+from vizattn.errors import VizattnError
 from vizattn.files import replacing, write_text
 
 __all__ = ["Trained", "evaluate", "export", "load_trained", "measure"]
@@ -105,19 +105,26 @@ def export(
 def load_trained(folder: str | Path) -> Trained:
     """The model that a run exported, in evaluation mode: from a bundle, a model folder, or a run's work directory.
 
+    Of a run that did not end, the best checkpoint or else the newest; any checkpoint file may be named, too.
+
     Raises:
         VizattnError: None of these, or what is there does not fit together.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _load_checkpoint(folder)
     for place in (folder, folder / "bundle", folder / "model"):
         if (place / "adapter_config.json").is_file():
             return _load_bundle(place)
         if (place / "model.json").is_file():
             return _load_model(place)
+    best = folder / "checkpoints" / "best.pth"
+    for path in [best] if best.is_file() else checkpoints_in(best.parent)[-1:]:
+        return _load_checkpoint(path)
     found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
     raise VizattnError(
         f"There is no trained model in {folder}: expected adapter_config.json (a bundle), model.json, or a run's work "
-        f"directory with bundle/ or model/ in it; found {', '.join(found) if found else 'nothing'}."
+        f"directory with bundle/, model/ or checkpoints/ in it; found {', '.join(found) if found else 'nothing'}."
     )
 
 
@@ -147,12 +154,32 @@ def _load_model(folder: Path) -> Trained:
         model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
         state = load_file(folder / "model.safetensors")
         config, class_names, preprocessing = note["config"], note["class_names"], note["preprocessing"]
+        if not isinstance(class_names, list) or len(class_names) != note["num_classes"]:
+            raise VizattnError(f"{folder}/model.json has {note['num_classes']} classes, but class_names {class_names}.")
+        if not isinstance(preprocessing, dict) or not isinstance(config, dict | None):
+            raise VizattnError(f"{folder}/model.json is damaged: preprocessing and config must be objects.")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, VizattnError):
             raise
         raise VizattnError(f"Cannot load the model in {folder}: {type(error).__name__}: {error}") from error
     load_model_state(model, state, folder)
     return Trained(model.eval(), class_names, preprocessing, config)
+
+
+def _load_checkpoint(path: Path) -> Trained:
+    from vizattn.adapters import fingerprint
+
+    state = read_checkpoint(path)
+    config = resolve_config(state["config"])
+    if not config["adapter"]:
+        config["model"]["pretrained"] = False  # the checkpoint has every weight
+    model = build_model(config, len(state["class_names"]))
+    load_model_state(model, {**state["model"], **(state.get("ema") or {})}, path)
+    if config["adapter"] and state.get("fingerprint") != fingerprint(model):
+        raise VizattnError(
+            f"{path} was trained on other frozen weights of {config['model']['name']} than are here now."
+        )
+    return Trained(model.eval(), state["class_names"], state["preprocessing"], config)
 
 
 def evaluate(
@@ -165,8 +192,8 @@ def evaluate(
     """Metrics of a trained model: accuracy, accuracy_top5, loss, samples, accuracy_per_class.
 
     Args:
-        trained: A bundle, a model folder, a work directory, or what `load_trained` gave.
-        split: "train", "val" or "test".
+        trained: What `load_trained` takes or gives.
+        split: "train", "val", "test", or of class folders without split folders "all".
         overrides: Dotted options on top of the recipe it was trained by, as in ``{"data.root": "photos"}``.
         device: By default CUDA when there is one.
 
@@ -176,10 +203,8 @@ def evaluate(
     trained = trained if isinstance(trained, Trained) else load_trained(trained)
     recipe = trained.config or {"model": {"name": "none"}}
     config = resolve_config(apply_overrides(recipe, overrides or {}))
-    data = build_data(config["data"])
+    data = build_data(config["data"], [split])
     set_transforms(data, trained.preprocessing, "none")
-    if split not in data.splits:
-        raise unknown("split", split, list(data.splits))
     check_classes(data.class_names, trained.class_names, "the trained model")
     chosen = choose_device(device)
     with distributed(chosen):

@@ -23,6 +23,8 @@ _DISK_ERRORS = {
     errno.EEXIST,
     errno.EISDIR,
     errno.EIO,
+    errno.ENOENT,
+    errno.EINVAL,
 }
 
 

@@ -12,6 +12,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from vizattn.engine.checkpoint import checkpoints_in, model_state, save_checkpoint
+from vizattn.engine.runner import take_from_main_process
 from vizattn.engine.seeding import seed_from
 from vizattn.errors import VizattnError
 from vizattn.files import write_text
@@ -63,8 +64,10 @@ def _place(runner: Any) -> str:
 def last_good(folder: Path) -> str:
     """What a user can do after training diverged."""
     kept = checkpoints_in(folder)
-    where = f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint had been written yet."
-    return f"{where} Try a lower optimizer.lr, a longer schedule.warmup_epochs or optimizer.clip_grad=1.0."
+    what = "Start again with a lower optimizer.lr, a longer schedule.warmup_epochs or optimizer.clip_grad=1.0"
+    if not kept:
+        return f"{what}. No checkpoint had been written yet."
+    return f"{what} (--resume takes no changes). The last good checkpoint can be used: vizattn eval {kept[-1]}"
 
 
 class CheckpointHook(Hook):
@@ -106,9 +109,11 @@ class CheckpointHook(Hook):
         self.due = self.due or done % self.interval_iters == 0
         epoch_ends = done % runner.optim_wrapper.length == 0
         if self.due and not epoch_ends and runner.optim_wrapper.steps_after(runner.iter):
+            self._agree(runner)
             self.save(runner, runner.epoch, done)
 
     def after_train_epoch(self, runner: Any) -> None:
+        self._agree(runner)
         if runner.val_loop is None:
             self._epoch_end(runner, runner.epoch + 1)
 
@@ -121,6 +126,12 @@ class CheckpointHook(Hook):
                 self._check_finite(runner, state["model"])
                 save_checkpoint(self.folder / "best.pth", state)
         self._epoch_end(runner, runner.epoch)
+
+    def _agree(self, runner: Any) -> None:
+        """One model in all processes before it is measured or saved: running statistics differ, as do the images."""
+        take_from_main_process(runner.task.model.buffers())
+        if self.ema is not None:
+            take_from_main_process(self.ema.averages.values())
 
     def _epoch_end(self, runner: Any, epoch: int) -> None:
         if self.due or epoch % self.interval_epochs == 0 or epoch == runner.max_epochs:

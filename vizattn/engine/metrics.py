@@ -17,7 +17,7 @@ class ClassificationMetric(BaseMetric):
     """Top-1 and top-5 accuracy, accuracy of each class, and cross entropy.
 
     Only counts are kept and they are summed over processes, each of which sees its own samples once
-    (see `EvalSampler`): the result does not depend on the number of processes.
+    (see `vizattn.data.loader.EpochSampler`): the result does not depend on the number of processes.
     """
 
     default_prefix = ""

@@ -66,7 +66,7 @@ def build_optimizer(
         optimizer = create_optimizer_v2(
             model, name, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay
         )
-    except (TypeError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise VizattnError(f"Cannot build the optimizer {name!r}: {error}") from error
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -57,14 +57,18 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     """The recipe as a plain dict, as written: nothing filled in, nothing checked.
 
     Raises:
-        VizattnError: It does not exist, or its code fails.
+        VizattnError: It does not exist, its code fails, or it is JSON of something else than a dict.
     """
     path = find_recipe(name)
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        from mmengine.config import Config
+            recipe = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            from mmengine.config import Config
 
-        return Config.fromfile(path, lazy_import=False).to_dict()
+            recipe = Config.fromfile(path, lazy_import=False).to_dict()
     except Exception as error:
         raise VizattnError(f"Cannot read the recipe {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise VizattnError(f"The recipe {path} must be a JSON object of options, not a {type(recipe).__name__}.")
+    return recipe

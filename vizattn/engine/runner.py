@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch import nn
 from vizattn.engine.checkpoint import load_model_state
 from vizattn.engine.task import ClassificationTask
 
-__all__ = ["TaskRunner", "distributed", "is_main_process", "rank_and_world"]
+__all__ = ["TaskRunner", "distributed", "is_main_process", "rank_and_world", "take_from_main_process"]
+
+_PATIENCE = timedelta(hours=24)  # the others wait while the main process computes features of a whole data set
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -37,6 +40,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def take_from_main_process(tensors: Iterable[torch.Tensor]) -> None:
+    """Give `tensors` the main process's values in all processes."""
+    if rank_and_world()[1] > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
 @contextmanager
 def distributed(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started, if it did: nccl on CUDA, gloo elsewhere.
@@ -45,7 +55,7 @@ def distributed(device: torch.device) -> Iterator[None]:
     """
     launched = "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized()
     if launched:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:

@@ -21,9 +21,17 @@ from mmengine.evaluator import Evaluator
 from torch import nn
 
 import vizattn
-from vizattn.data import is_deterministic, preprocessing_of, transform_identity
-from vizattn.engine.build import Data, build_data, build_model, choose_device, make_loader, set_transforms
-from vizattn.engine.checkpoint import check_same_recipe, checkpoints_in, load_newest
+from vizattn.data import is_deterministic, transform_identity
+from vizattn.engine.build import (
+    Data,
+    build_data,
+    build_model,
+    choose_device,
+    make_loader,
+    model_preprocessing,
+    set_transforms,
+)
+from vizattn.engine.checkpoint import check_same_data, check_same_recipe, checkpoints_in, load_newest
 from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.evaluate import export, measure
@@ -124,6 +132,15 @@ def train(
         return _Run(resolved, folder, chosen, resume, quiet, progress).run()
 
 
+def _describe(data: Data) -> dict[str, Any]:
+    """What a resumed run must find again: which images come in which order, before the first epoch."""
+    described: dict[str, Any] = {"number of training images": len(data.splits["train"])}
+    for split in ("train", "val"):
+        if split in data.splits:
+            described[f"identity of {split}"] = data.splits[split].identity
+    return described
+
+
 class _Determinism:
     def __init__(self, on: bool) -> None:
         self.on = on
@@ -166,25 +183,21 @@ class _Run:
         class_names = data.class_names
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
         model = build_model(config, len(class_names)).to(self.device)
-        preprocessing = preprocessing_of(model)
-        if size := config["model"].get("img_size"):
-            preprocessing["input_size"] = [
-                preprocessing["input_size"][0],
-                *([size] * 2 if isinstance(size, int) else size),
-            ]
+        preprocessing = model_preprocessing(model, config["model"])
         set_transforms(data, preprocessing, config["data"]["augment"])
         params = asdict(vizattn.trainable_summary(model))
-        state = self._state_to_resume()
-        self._make_room()
         header: dict[str, Any] = {
             "format_version": 1,
             "config": config,
             "class_names": class_names,
+            "data": _describe(data),
             "preprocessing": preprocessing,
             "versions": versions(),
             "fingerprint": self._fingerprint(model),
             "world_size": self.world,
         }
+        state = self._state_to_resume(header)
+        self._make_room()
         best = self._fit(model, data, header, state)
         metrics: dict[str, dict[str, Any]] = {
             split: measure(model, data.splits[split], config, self.device, class_names)
@@ -238,7 +251,7 @@ class _Run:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def _state_to_resume(self) -> dict[str, Any] | None:
+    def _state_to_resume(self, header: dict[str, Any]) -> dict[str, Any] | None:
         if not self.resume:
             return None
         state = load_newest(self.checkpoints, self.logger)
@@ -248,6 +261,7 @@ class _Run:
                 {**self.config, "processes": self.world},
                 self.checkpoints,
             )
+            check_same_data(state, header, self.checkpoints)
         self._say(f"Going on after iteration {state['iteration']}." if state else "No checkpoint yet: starting anew.")
         return state
 
