@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -207,3 +208,77 @@ def test_a_full_disk_leaves_the_old_bundle(bundle, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         vizattn.save_adapter(vizattn.attach(create("vit"), "linear_probe"), bundle)
     assert {p.name: p.read_bytes() for p in bundle.iterdir()} == before
+
+
+def test_an_interrupted_second_save_leaves_a_whole_bundle(bundle, monkeypatch):
+    """Killed before each of the three renames: the old bundle or the new one, never a mixture."""
+    replace = os.replace
+    for after in range(3):
+        old = vizattn.load_adapter(create("vit"), bundle)
+        new = vizattn.attach(create("vit"), "vpt", num_tokens=2)
+        randomise(new, seed=20 + after)
+        done = []
+
+        def stop(*args, done=done, after=after):
+            if len(done) == after:
+                raise KeyboardInterrupt
+            done.append(replace(*args))
+
+        monkeypatch.setattr("os.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            vizattn.save_adapter(new, bundle, class_names=list("abcde"))
+        monkeypatch.setattr("os.replace", replace)
+        found = vizattn.load_adapter(create("vit"), bundle)
+        with torch.no_grad():
+            assert torch.equal(found(images()), (new if after == 2 else old)(images()))
+
+
+def test_pooling_is_part_of_the_bundle(tmp_path):
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=2)
+    model.reset_classifier(5, "avg")
+    folder = vizattn.save_adapter(model, tmp_path / "bundle")
+    with pytest.raises(VizattnError, match="global_pool='avg'"):
+        vizattn.load_adapter(create("vit"), folder)
+    loaded = vizattn.load_adapter(create("vit", **read_bundle(folder)["backbone"]["args"]), folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+
+
+def test_other_type_of_numbers(bundle):
+    with pytest.raises(VizattnError, match="saved from a float32 model, this one is bfloat16"):
+        vizattn.load_adapter(create("vit").bfloat16(), bundle)
+
+
+WRONG_TYPES = [
+    {"class_names": ["a"]},
+    {"class_names": [1, 2, 3, 4, 5]},
+    {"backbone": 3},
+    {"backbone": {"name": 3, "args": {}}},
+    {"adapters": []},
+    {"adapters": ["vpt"]},
+    {"adapters": [{"method": "vpt", "options": 3}]},
+    {"num_classes": "5"},
+    {"preprocessing": None},
+    {"metadata": []},
+    {"format_version": "1"},
+]
+
+
+@pytest.mark.parametrize("changes", WRONG_TYPES)
+def test_wrong_types_in_the_config(bundle, changes):
+    edit(bundle, **changes)
+    with pytest.raises(VizattnError, match="damaged"):
+        read_bundle(bundle)
+
+
+def test_backbone_that_cannot_be_created(bundle):
+    config = read_bundle(bundle)
+    edit(bundle, backbone={**config["backbone"], "args": {"zz": 1}})
+    with pytest.raises(VizattnError, match="cannot be created here"):
+        vizattn.create_from_bundle(bundle)
+    edit(bundle, backbone={**config["backbone"], "name": "vit_tinny_patch16_224"})
+    with pytest.raises(VizattnError, match=r"unknown to timm.*vit_tiny_patch16_224"):
+        vizattn.create_from_bundle(bundle)
+    edit(bundle, backbone={**config["backbone"], "features_only": True})
+    with pytest.raises(VizattnError, match="features_only"):
+        vizattn.create_from_bundle(bundle)

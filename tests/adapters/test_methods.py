@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import timm
 import torch
@@ -120,24 +122,12 @@ def test_attend_is_the_attention(row):
     torch.testing.assert_close(y.grad, x.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_prompt_keys_and_values_are_kept_in_inference_and_renewed_after_a_change():
+def test_prompts_are_projected_once_for_the_batch():
     model = vizattn.attach(create("vit"), "vpt", num_tokens=3)
-    x = images()
-    calls = []
-    model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        first = model(x)
-        count = len(calls)
-        assert torch.equal(model(x), first)
-        assert count == 2 and len(calls) == 3  # prompts and tokens; then tokens alone
-        randomise(model)
-        assert not torch.equal(model(x), first)
-        state = {k: torch.zeros_like(v) for k, v in model.state_dict().items() if k.startswith("adapters.")}
-        changed = model(x)
-        model.load_state_dict(state, strict=False)
-        assert not torch.equal(model(x), changed)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert model(x).isfinite().all()
+    shapes = []
+    model.blocks[0].norm1.register_forward_hook(lambda _m, args, _out: shapes.append(tuple(args[0].shape)))
+    model(images(4))
+    assert sorted(shapes) == [(1, 3, 48), (4, 17, 48)]
 
 
 def test_prompt_dropout_differs_between_samples_and_is_off_in_eval():
@@ -280,9 +270,12 @@ def test_adapters_that_do_not_compose_are_refused():
 
 
 def test_reset_classifier_while_attached():
-    for method, options in (("vpt", {}), ("efficient_probing", {"num_queries": 4, "d_out": 2}), ("linear_probe", {})):
+    hst = {"widths": (8, 8, 16, 16), "num_heads": (2, 2, 4, 4)}
+    probing = {"num_queries": 4, "d_out": 2}
+    cases = (("vpt", {}, None), ("efficient_probing", probing, None), ("linear_probe", {}, "avg"), ("hst", hst, None))
+    for method, options, pool in cases:
         model = vizattn.attach(create("vit"), method, **options)
-        model.reset_classifier(9)
+        model.reset_classifier(9, pool)
         assert model(images()).shape == (2, 9)
         assert all(p.requires_grad for p in model.get_classifier().parameters())
         vizattn.detach(model)
@@ -339,3 +332,90 @@ def test_hst_side_maps():
         (24, 2, 3),
     ]
     assert model.num_features == model.head_hidden_size == 24
+
+
+def test_disabled_and_detach_after_moving_the_model():
+    for method, options in (("efficient_probing", {"num_queries": 4}), ("vpt", {"num_tokens": 2}), ("apla", {})):
+        model = vizattn.attach(create("vit"), method, **options).double()
+        x = images().double()
+        reference = create("vit").double()
+        with torch.no_grad():
+            adapted = model(x)
+            with vizattn.disabled(model):
+                assert torch.equal(model(x), reference(x))
+            assert torch.equal(model(x), adapted)
+            vizattn.detach(model)
+            assert torch.equal(model(x), reference(x))
+
+
+def test_disabled_gives_back_flags_and_refuses_to_attach():
+    model = vizattn.attach(create("vit"), "vpt", num_tokens=2)
+    flags = [p.requires_grad for p in model.parameters()]
+    with vizattn.disabled(model):
+        assert all(p.requires_grad for p in model.parameters())
+        with pytest.raises(VizattnError, match="disabled"):
+            vizattn.attach(model, "apla")
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_an_adapted_model_can_be_pickled():
+    for method, options in (("vpt", {"num_tokens": 2}), ("vpt", {"num_tokens": 2, "deep": False}), ("apla", {})):
+        model = vizattn.attach(create("vit"), method, **options)
+        randomise(model)
+        again = pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            assert torch.equal(again(images()), model(images()))
+        vizattn.detach(again)
+        assert type(again) is type(create("vit"))
+
+
+@pytest.mark.parametrize("method", ["vpt", "hst"])
+def test_attention_mask_leaves_inserted_tokens_in(method):
+    options = {"vpt": {"num_tokens": 2, "deep": False}, "hst": {"widths": (8, 8, 16, 16), "num_heads": (2, 2, 4, 4)}}
+    model = vizattn.attach(create("vit"), method, **options[method])
+    everything = torch.ones(17, 17, dtype=torch.bool)
+    with torch.no_grad():
+        out = model(images(), attn_mask=everything)
+        torch.testing.assert_close(out, model(images()))
+        assert not torch.allclose(model(images(), attn_mask=everything.tril()), out)
+    with pytest.raises(VizattnError, match="causal"):
+        model(images(), is_causal=True)
+
+
+WRONG_VALUES = [
+    ("vpt", {"num_tokens": "abc"}),
+    ("vpt", {"num_tokens": 2.5}),
+    ("vpt", {"num_tokens": True}),
+    ("vpt", {"deep": "no"}),
+    ("vpt", {"project": -1}),
+    ("apla", {"num_rows": "8"}),
+    ("apla", {"seed": -1}),
+    ("hst", {"widths": 3}),
+    ("hst", {"widths": ()}),
+    ("hst", {"num_heads": (2, 0, 1, 1)}),
+    ("hst", {"drop_path": 1.5}),
+    ("hst", {"mlp_ratio": 0}),
+    ("efficient_probing", {"num_queries": 2.0}),
+    ("side_tuning", {"width": 0}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), WRONG_VALUES)
+def test_wrong_option_values(method, options):
+    with pytest.raises(VizattnError, match=f"{method}: "):
+        vizattn.attach(create("vit"), method, **options)
+
+
+def test_output_dict():
+    for method, options in (("side_tuning", {"width": 8}), ("hst", {"widths": (8,), "num_heads": (2,)})):
+        model = vizattn.attach(create("vit"), method, **options)
+        out = model.forward_intermediates(images(), output_dict=True)
+        final, levels = model.forward_intermediates(images())
+        assert torch.equal(out["image_features"], final)
+        assert all(torch.equal(a, b) for a, b in zip(out["image_intermediates"], levels, strict=True))
+
+
+def test_no_timm_model():
+    for method in vizattn.list_adapters():
+        with pytest.raises(VizattnError, match="Linear"):
+            vizattn.attach(nn.Linear(2, 2), method)

@@ -103,7 +103,9 @@ def describe(model: nn.Module) -> Anatomy:
     ]
     family = _family(model, blocks)
     stack = getattr(model, "blocks", getattr(model, "layers", None))
-    odd = [type(b).__name__ for b in stack if family != "swin" and b not in [x.block for x in blocks]] if stack else []
+    known = [b.block for b in blocks]
+    odd = [f"{type(b).__name__} with {type(getattr(b, 'attn', None)).__name__}" for b in stack or [] if b not in known]
+    odd = [] if family == "swin" else odd
     if family is None or not blocks or odd:
         why = f" (its blocks are {odd[0]})" if odd and family else ""
         raise VizattnError(

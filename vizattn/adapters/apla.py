@@ -36,6 +36,8 @@ class APLA:
     trains_backbone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise VizattnError(f"apla: seed must not be negative, got {self.seed}.")
         if self.num_rows < 1:
             raise VizattnError(f"apla: num_rows must be at least 1, got {self.num_rows}.")
 
@@ -78,38 +80,39 @@ class PartialLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`."""
-        weight, bias = self.merged()
         if not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        rows: Tensor = self.rows
-        row_bias: Tensor | None = self.row_bias
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, weight, rows = x.to(dtype), weight.to(dtype), rows.to(dtype)
-            bias, row_bias = (None if b is None else b.to(dtype) for b in (bias, row_bias))
-        return _TrainedRows.apply(x, weight, bias, rows, row_bias, self.indices)
+            return F.linear(x, *self.merged())
+        tensors = (x, self.weight.detach(), self.rows, self.bias, self.row_bias)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)  # type: ignore[assignment]
+        return _TrainedRows.apply(*tensors, self.indices)
 
 
 class _TrainedRows(torch.autograd.Function):
-    """linear(x, weight, bias) where `weight` holds `rows` already; the gradient reaches x and the rows only."""
+    """A linear layer with `rows` in the place of some rows of `weight`; the gradient reaches x and the rows only.
+
+    The weight with its rows in place is made again in backward rather than kept.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, row_bias: Tensor | None, indices: Tensor
+        x: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None, row_bias: Tensor | None, indices: Tensor
     ) -> Tensor:
-        return F.linear(x, weight, bias)
+        if bias is not None and row_bias is not None:
+            bias = bias.index_copy(0, indices, row_bias)
+        return F.linear(x, weight.index_copy(0, indices, rows), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, _, row_bias, indices = inputs
-        ctx.save_for_backward(x, weight, indices)
+        x, weight, rows, _, row_bias, indices = inputs
+        ctx.save_for_backward(x, weight, rows, indices)
         ctx.has_bias = row_bias is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        x, weight, rows, indices = ctx.saved_tensors
+        grad_x = grad @ weight.index_copy(0, indices, rows) if ctx.needs_input_grad[0] else None
         chosen = grad.flatten(0, -2).index_select(1, indices)
         grad_rows = chosen.t() @ x.flatten(0, -2)
-        return grad_x, None, None, grad_rows, chosen.sum(0) if ctx.has_bias else None, None
+        return grad_x, None, grad_rows, None, chosen.sum(0) if ctx.has_bias else None, None

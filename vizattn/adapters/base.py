@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -94,7 +94,23 @@ def make_options(method: str, options: dict[str, Any]) -> Any:
             if not names:
                 raise VizattnError(f"Adapter {method!r} has no options; got {name!r}.")
             raise unknown(f"option of adapter {method!r}:", name, names)
+    types = get_type_hints(METHODS[method])
+    for name, value in options.items():
+        if not _is_a(value, types[name]):
+            wanted = getattr(types[name], "__name__", None) or str(types[name])
+            raise VizattnError(f"{method}: {name} must be {wanted}, got {value!r}.")
     return METHODS[method](**options)
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    """Whether `value` is of the type of an option; an int is a float, and a list a tuple."""
+    if get_origin(wanted) is tuple:
+        return isinstance(value, (list, tuple)) and all(_is_a(v, get_args(wanted)[0]) for v in value)
+    if get_args(wanted):
+        return any(_is_a(value, choice) for choice in get_args(wanted))
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
 @dataclass
@@ -136,6 +152,9 @@ class Adapted:
         """As in timm, through the adapters."""
         return self._route("forward_intermediates", *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_adapted, (_original_class(self),), self.__dict__  # type: ignore[arg-type]
+
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """A new head, trained and saved with the adapters, of the width that they feed it."""
         replace_head(self, num_classes, self.attachments[-1].edits, *args, **kwargs)  # type: ignore[arg-type]
@@ -168,6 +187,29 @@ def _adapted_class(cls: Any) -> type[nn.Module]:
     return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
+@dataclass
+class _Adapt:
+    """The change of a model's class, as an edit that can be pickled."""
+
+    model: nn.Module
+
+    def redo(self) -> None:
+        cls: Any = type(self.model)
+        self.model.__class__ = _adapted_class(cls)
+
+    def undo(self) -> None:
+        self.model.__class__ = _original_class(self.model)
+
+
+def _original_class(model: nn.Module) -> Any:
+    return type(model).__mro__[type(model).__mro__.index(Adapted) + 1]
+
+
+def _new_adapted(cls: Any) -> Any:  # a copy or an unpickled model gets its state after this
+    adapted = _adapted_class(cls)
+    return adapted.__new__(adapted)
+
+
 def attached(model: nn.Module) -> list[Attachment]:
     """The adapters on `model`, oldest first."""
     return list(getattr(core(model), "attachments", []))
@@ -175,24 +217,32 @@ def attached(model: nn.Module) -> list[Attachment]:
 
 def replace_head(model: nn.Module, num_classes: int, edits: Edits, *args: Any, **kwargs: Any) -> None:
     """`reset_classifier` as a change that `edits` can take back."""
-    names = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    names = cfg["classifier"] if cfg else [name for name, _ in classifiers(model)]
     names = [names] if isinstance(names, str) else list(names)
     owners = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
-    before = [getattr(owner, name) for owner, name in owners]
-    old_classes = model.num_classes
-    width = next((getattr(m, "head_features", None) for m in _adapters(model) if hasattr(m, "head_features")), None)
+    watched = list({id(m): m for m in (model, *(owner for owner, _ in owners))}.values())
+    before = [_attributes(m) for m in watched]
+    width = next((m.head_features for m in _adapters(model) if hasattr(m, "head_features")), None)
     if width is not None and num_classes > 0:
         like = next(model.parameters())
-        head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
+        head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
         setattr(*owners[0], head.train(model.training))
         model.num_classes = num_classes  # type: ignore[assignment]
     elif isinstance(model, Adapted):
         super(Adapted, model).reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
     else:
         model.reset_classifier(num_classes, *args, **kwargs)  # type: ignore[operator]
-    for (owner, name), old in zip(owners, before, strict=True):
-        edits.note(SetAttr(owner, name, getattr(owner, name)), old)
-    edits.note(SetAttr(model, "num_classes", num_classes), old_classes)
+    for module, old in zip(watched, before):
+        for name, value in _attributes(module).items():
+            if name in old and old[name] is not value:
+                edits.note(SetAttr(module, name, value), old[name])
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Submodules and plain attributes."""
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") or k in ("_model_args", "_traits")}
+    return {**plain, **module._modules}
 
 
 def _adapters(model: nn.Module) -> list[nn.Module]:
@@ -218,6 +268,10 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
     """
     opts = make_options(method, options)
     outer, model = model, core(model)
+    if getattr(model, "adapters_disabled", False):
+        raise VizattnError("Adapters cannot be attached while others are disabled: leave vizattn.disabled first.")
+    if not any(hasattr(model, name) for name in ("forward_features", "pretrained_cfg", "_orig_mod", "module")):
+        raise VizattnError(f"{type(model).__name__} is no timm model: create one with timm.create_model(...).")
     if hasattr(model, "_orig_mod") or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise VizattnError("Attach adapters before torch.compile and before wrapping a model for parallel training.")
     for other in attached(model):
@@ -243,8 +297,7 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
                 parameter.requires_grad_(False)
             edits.set(model, "adapters", nn.ModuleDict())
             edits.set(model, "attachments", [])
-            cls: Any = type(model)
-            edits.set(model, "__class__", _adapted_class(cls))
+            edits.make(_Adapt(model))
         originals = {id(p) for p, _ in flags}
         module = opts.attach(model, anatomy, edits)
         if module is not None:
@@ -263,7 +316,7 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
     except BaseException:
         if attached(model) and attached(model)[-1].edits is edits:
             model.attachments.pop()  # type: ignore[union-attr, operator]
-        edits.undo()
+        edits.undo(next(model.parameters()))
         _restore(model, flags, training)
         raise
     return outer
@@ -327,7 +380,7 @@ def detach(model: nn.Module) -> nn.Module:
     inner = core(model)
     for a in reversed(attachments):
         a.values.undo()  # type: ignore[union-attr]
-        a.edits.undo()
+        a.edits.undo(next(inner.parameters()))
         _restore(inner, a.flags, inner.training)
     return model
 
@@ -341,16 +394,21 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     attachments = _need_attached(model, "disable")
     _need_originals(attachments)
+    inner = core(model)
+    flags = [(p, p.requires_grad) for p in inner.parameters()]
     for a in reversed(attachments):
         a.values.undo()  # type: ignore[union-attr]
-        a.edits.undo()
+        a.edits.undo(next(inner.parameters()))
+        _restore(inner, a.flags, inner.training)
+    inner.adapters_disabled = True  # type: ignore[assignment]
     try:
         yield model
     finally:
+        del inner.adapters_disabled
         for a in attachments:
-            a.edits.redo()
+            a.edits.redo(next(inner.parameters()))
             a.values.redo()  # type: ignore[union-attr]
-        core(model).train(core(model).training)
+        _restore(inner, flags, inner.training)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -371,7 +429,7 @@ def merge(model: nn.Module) -> nn.Module:
     ]
     num_classes = inner.num_classes if hasattr(inner, "num_classes") else None
     for a in reversed(attachments):
-        a.edits.undo()
+        a.edits.undo(next(inner.parameters()))
         _restore(inner, a.flags, inner.training)
     for head in heads:
         head.redo()

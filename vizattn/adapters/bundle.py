@@ -19,9 +19,9 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import classifiers, core
-from vizattn.adapters.base import METHODS, attach, attached, replace_head
+from vizattn.adapters.base import METHODS, attach, attached, make_options, replace_head
 from vizattn.adapters.edits import Edits
-from vizattn.errors import VizattnError, closest, unknown
+from vizattn.errors import VizattnError, closest
 from vizattn.files import replacing, write_text
 from vizattn.version import __version__
 
@@ -39,6 +39,7 @@ __all__ = [
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+NEXT_NAME = f".{WEIGHTS_NAME}.next"
 FORMAT_VERSION = 1
 
 
@@ -111,7 +112,7 @@ def save_adapter(
     config = {
         "format_version": FORMAT_VERSION,
         "vizattn_version": __version__,
-        "backbone": _backbone(inner),
+        "backbone": _backbone(inner, features_only=inner is not model or not hasattr(inner, "forward_features")),
         "adapters": [{"method": a.method, "options": dataclasses.asdict(a.options)} for a in attachments],
         "num_classes": num_classes,
         "class_names": class_names,
@@ -122,16 +123,28 @@ def save_adapter(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_NAME) as temporary:
+    # The config names the checksum of its weights: until these have their final name they are found as NEXT_NAME, so an
+    # interruption at any point leaves the old bundle or the new one.
+    with replacing(folder / NEXT_NAME) as temporary:
         temporary.write_bytes(weights)
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, default=str) + "\n")
+    os.replace(folder / NEXT_NAME, folder / WEIGHTS_NAME)
     return folder
 
 
-def _backbone(model: Any) -> dict[str, Any]:
+def _backbone(model: Any, features_only: bool) -> dict[str, Any]:
     cfg = model.pretrained_cfg
-    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if _is_plain(v) and k != "num_classes"}
-    return {"name": cfg["architecture"], "tag": cfg.get("tag") or None, "args": args}
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
+    if isinstance(getattr(model, "global_pool", None), str):
+        args["global_pool"] = model.global_pool
+    return {
+        "name": cfg["architecture"],
+        "tag": cfg.get("tag") or None,
+        "args": {k: v for k, v in args.items() if _is_plain(v)},
+        "args_left_out": sorted(k for k, v in args.items() if not _is_plain(v)),
+        "features_only": features_only,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
 
 
 def _is_plain(value: Any) -> bool:
@@ -148,7 +161,8 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
+        interrupted = name == WEIGHTS_NAME and (folder / NEXT_NAME).is_file()
+        if not (folder / name).is_file() and not interrupted:
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
             raise VizattnError(
                 f"{folder} is not a bundle: {name} is missing. A bundle holds {CONFIG_NAME} and {WEIGHTS_NAME}; "
@@ -159,19 +173,44 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
         version = config["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise VizattnError(f"{folder / CONFIG_NAME} is damaged: {error}.") from None
+    if not isinstance(version, int):
+        raise VizattnError(f"{folder / CONFIG_NAME} is damaged: format_version is {version!r}.")
     if version != FORMAT_VERSION:
         raise VizattnError(
             f"{folder} has bundle format {version}, this vizattn {__version__} reads format {FORMAT_VERSION}: "
             f"upgrade vizattn (the bundle was written by {config.get('vizattn_version', 'an unknown version')})."
         )
-    keys = ("backbone", "adapters", "num_classes", "class_names", "preprocessing", "fingerprint", "weights_sha256")
-    missing = [k for k in keys if k not in config]
-    if missing:
-        raise VizattnError(f"{folder / CONFIG_NAME} is damaged: {', '.join(missing)} missing.")
+    _check_schema(folder, config)
     for adapter in config["adapters"]:
-        if adapter["method"] not in METHODS:
-            raise unknown("adapter", adapter["method"], METHODS)
+        make_options(adapter["method"], adapter["options"])
     return config
+
+
+_SCHEMA: dict[str, tuple[type, ...]] = {
+    "backbone": (dict,),
+    "adapters": (list,),
+    "num_classes": (int,),
+    "class_names": (list, type(None)),
+    "preprocessing": (dict,),
+    "fingerprint": (str,),
+    "weights_sha256": (str,),
+    "metadata": (dict,),
+}
+
+
+def _check_schema(folder: Path, config: dict[str, Any]) -> None:
+    wrong = [key for key, types in _SCHEMA.items() if not isinstance(config.get(key), types) or key not in config]
+    if not wrong:
+        backbone, names = config["backbone"], config["class_names"]
+        if not isinstance(backbone.get("name"), str) or not isinstance(backbone.get("args"), dict):
+            wrong.append("backbone")
+        for a in config["adapters"]:
+            fits = isinstance(a, dict) and isinstance(a.get("method"), str) and isinstance(a.get("options"), dict)
+            wrong += [] if fits else ["adapters"]
+        if names is not None and (len(names) != config["num_classes"] or not all(isinstance(n, str) for n in names)):
+            wrong.append("class_names")
+    if wrong or not config["adapters"]:
+        raise VizattnError(f"{folder / CONFIG_NAME} is damaged: look at {', '.join(wrong) or 'adapters'}.")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_original: bool = True) -> nn.Module:
@@ -188,10 +227,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     if attached(inner):
         raise VizattnError("This model has adapters attached already: call vizattn.detach(model) first.")
     state = _read_weights(Path(folder), config)
-    name = inner.pretrained_cfg["architecture"] if getattr(inner, "pretrained_cfg", None) else type(inner).__name__
-    wanted = config["backbone"]
-    if name != wanted["name"]:
-        raise VizattnError(f"{folder} was trained on {_full_name(wanted)}, not on {name}.")
+    _check_backbone(folder, inner, config["backbone"])
     head = Edits()
     flags = [(p, p.requires_grad) for p in inner.parameters()]
     training = inner.training
@@ -203,6 +239,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
         expected = adapter_state(inner)
         _check_keys(folder, expected, state)
         if fingerprint(inner) != config["fingerprint"]:
+            wanted = config["backbone"]
             raise VizattnError(
                 f"{folder} was trained on other weights of {_full_name(wanted)}: the fingerprint of the frozen weights "
                 f"differs. Create the backbone with the same tag and pretrained=True"
@@ -210,8 +247,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
             )
     except BaseException:
         for a in reversed(attached(inner)):
-            a.edits.undo()
-        head.undo()
+            a.edits.undo(next(inner.parameters()))
+        head.undo(next(inner.parameters()))
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         inner.train(training)
@@ -227,8 +264,30 @@ def _full_name(backbone: dict[str, Any]) -> str:
     return backbone["name"] + (f".{backbone['tag']}" if backbone["tag"] else "")
 
 
+def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
+    """Raises a VizattnError where `model` is another one than the bundle was trained on."""
+    name = model.pretrained_cfg["architecture"] if getattr(model, "pretrained_cfg", None) else type(model).__name__
+    if name != wanted["name"]:
+        raise VizattnError(f"{folder} was trained on {_full_name(wanted)}, not on {name}.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if dtype != wanted.get("dtype", dtype):
+        raise VizattnError(
+            f"{folder} was saved from a {wanted['dtype']} model, this one is {dtype}: load it onto {wanted['dtype']}, "
+            f"convert the model afterwards."
+        )
+    pool = getattr(model, "global_pool", None)
+    if isinstance(pool, str) and pool != wanted["args"].get("global_pool", pool):
+        wanted_pool = wanted["args"]["global_pool"]
+        raise VizattnError(
+            f"{folder} was trained with global_pool={wanted_pool!r}, this model has {pool!r}: create it with "
+            f"global_pool={wanted_pool!r}."
+        )
+
+
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    data = (folder / WEIGHTS_NAME).read_bytes()
+    data = (folder / WEIGHTS_NAME).read_bytes() if (folder / WEIGHTS_NAME).is_file() else b""
+    if hashlib.sha256(data).hexdigest() != config["weights_sha256"] and (folder / NEXT_NAME).is_file():
+        data = (folder / NEXT_NAME).read_bytes()
     if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
         raise VizattnError(
             f"{folder / WEIGHTS_NAME} is damaged or truncated: its checksum is not the one in {CONFIG_NAME} "
@@ -264,8 +323,24 @@ def create_from_bundle(folder: str | os.PathLike[str]) -> nn.Module:
     if not timm.is_model(backbone["name"]):
         matches = closest(backbone["name"], timm.list_models())
         raise VizattnError(f"{folder} needs the backbone {backbone['name']!r}, unknown to timm. Close: {matches}.")
+    if backbone.get("features_only"):
+        raise VizattnError(
+            f"{folder} was saved from a features_only model: create it with timm.create_model("
+            f"{_full_name(backbone)!r}, pretrained=True, features_only=True, ...) and call vizattn.load_adapter."
+        )
+    if backbone.get("args_left_out"):
+        raise VizattnError(
+            f"{folder} does not hold these arguments of its backbone: {', '.join(backbone['args_left_out'])}. Create "
+            f"the model with them and call vizattn.load_adapter."
+        )
     frozen = not any(METHODS[a["method"]].trains_backbone for a in config["adapters"])
-    model = timm.create_model(
-        _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"]
-    )
+    try:
+        model = timm.create_model(
+            _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"]
+        )
+    except Exception as error:
+        raise VizattnError(
+            f"{folder} needs {_full_name(backbone)}{' with its pretrained weights' if frozen else ''}, which cannot be "
+            f"created here: {type(error).__name__}: {error}"
+        ) from error
     return load_adapter(model, folder, keep_original=False).eval()

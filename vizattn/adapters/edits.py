@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Edits", "SetAttr", "SetHook", "SetValues"]
+__all__ = ["Edit", "Edits", "SetAttr", "SetHook", "SetValues"]
 
 _MISSING = "<missing>"
 
@@ -79,39 +79,61 @@ class SetValues:
     undo = redo
 
 
+class Edit(Protocol):
+    """One change."""
+
+    def redo(self) -> None:
+        """Make it."""
+
+    def undo(self) -> None:
+        """Take it back."""
+
+
 class Edits:
     """The changes an adapter makes, in order."""
 
     def __init__(self) -> None:
-        self.done: list[SetAttr | SetHook] = []
+        self.done: list[Edit] = []
 
     def set(self, owner: Any, name: str, new: Any) -> None:
         """Set an attribute or submodule."""
-        self._do(SetAttr(owner, name, new))
+        self.make(SetAttr(owner, name, new))
 
     def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, args)` before each forward of `module`."""
-        self._do(SetHook(module, function, before=True))
+        self.make(SetHook(module, function, before=True))
 
     def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, args, output)` after each forward of `module`."""
-        self._do(SetHook(module, function, before=False))
+        self.make(SetHook(module, function, before=False))
 
     def note(self, edit: SetAttr, old: Any) -> None:
         """Remember a change that somebody else has made already, and what was there before."""
         edit.old = old
         self.done.append(edit)
 
-    def _do(self, edit: SetAttr | SetHook) -> None:
+    def make(self, edit: Edit) -> None:
+        """Make any change and remember it."""
         edit.redo()
         self.done.append(edit)
 
-    def undo(self) -> None:
-        """Take all changes back."""
+    def undo(self, like: Tensor) -> None:
+        """Take all changes back; modules that were set aside follow the device and type of `like`, a parameter."""
         for edit in reversed(self.done):
             edit.undo()
+            if isinstance(edit, SetAttr):
+                _follow(edit.old, like)
 
-    def redo(self) -> None:
+    def redo(self, like: Tensor) -> None:
         """Make them again."""
         for edit in self.done:
             edit.redo()
+            if isinstance(edit, SetAttr):
+                _follow(edit.new, like)
+
+
+def _follow(module: Any, like: Tensor) -> None:
+    if isinstance(module, nn.Module) and any(
+        p.device != like.device or p.dtype != like.dtype for p in module.parameters()
+    ):
+        module.to(device=like.device, dtype=like.dtype)

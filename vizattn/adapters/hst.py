@@ -48,6 +48,12 @@ class HST:
     def __post_init__(self) -> None:
         for name in ("widths", "num_heads"):  # lists come from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 0.0 <= self.drop_path < 1.0 or self.mlp_ratio <= 0:
+            raise VizattnError(
+                f"hst: drop_path must lie in [0, 1) and mlp_ratio be positive, got {self.drop_path}, {self.mlp_ratio}."
+            )
+        if min(self.widths + self.num_heads, default=0) < 1:
+            raise VizattnError(f"hst: widths and num_heads must be positive, got {self.widths} and {self.num_heads}.")
         if len(self.widths) != len(self.num_heads) or any(w % h for w, h in zip(self.widths, self.num_heads)):
             raise VizattnError(
                 f"hst: each width must be a multiple of its num_heads, got widths {self.widths} "
@@ -227,6 +233,7 @@ class SideNetwork(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The side pyramid in timm's form; its levels are normed already."""
@@ -235,6 +242,8 @@ class SideNetwork(nn.Module):
         take, _ = feature_take_indices(len(self.stages), indices)
         maps = self.pyramid(model, run, x, indices=1)
         chosen = [m for i, m in enumerate(maps) if i in take]
+        if output_dict:
+            return {"image_intermediates": chosen} | ({} if intermediates_only else {"image_features": maps[-1]})
         return chosen if intermediates_only else (maps[-1], chosen)
 
     def adjust_wrapper(self, wrapper: Any, edits: Edits) -> None:

@@ -94,6 +94,12 @@ class MixedFeatures(nn.Module):
     def forward_intermediates(self, model: Any, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own; every level of the last one's width is mixed."""
         out = run(x, *args, **kwargs)
+        if isinstance(out, dict):
+            mixed: dict[str, Any] = dict(out)
+            mixed["image_intermediates"] = [self._mix_level(model, level, x) for level in out["image_intermediates"]]
+            if "image_features" in out:
+                mixed["image_features"] = self.mix_into(model, out["image_features"], x)
+            return mixed
         if isinstance(out, list):
             return [self._mix_level(model, level, x) for level in out]
         return self.mix_into(model, out[0], x), [self._mix_level(model, level, x) for level in out[1]]

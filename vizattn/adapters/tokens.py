@@ -37,13 +37,13 @@ class _AroundBlock:
 
 
 class _InsertedAttention:
-    """An attention with relative positions, which the inserted tokens do not have."""
+    """An attention whose rotations, relative positions and masks leave the inserted tokens out."""
 
     def __init__(self, attn: nn.Module, count: int) -> None:
         self.attn, self.count = attn, count
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attend(self.attn, x, None, self.count, **kwargs)
+        return attend(self.attn, x, None, self.count, **kwargs)  # a grid size of ours in args is not needed
 
 
 def insert_tokens(anatomy: Anatomy, edits: Edits, source: TokenSource, count: int) -> None:
@@ -55,7 +55,4 @@ def insert_tokens(anatomy: Anatomy, edits: Edits, source: TokenSource, count: in
         around = _AroundBlock(source, i, count)
         edits.before(b.block, around.before)
         edits.after(b.block, around.after)
-        if anatomy.family == "beit":
-            edits.set(b.attn, "forward", _InsertedAttention(b.attn, count).forward)
-        elif hasattr(b.attn, "num_prefix_tokens"):  # these are not rotated
-            edits.set(b.attn, "num_prefix_tokens", b.attn.num_prefix_tokens + count)
+        edits.set(b.attn, "forward", _InsertedAttention(b.attn, count).forward)

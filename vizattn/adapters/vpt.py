@@ -1,8 +1,8 @@
 """Visual Prompt Tuning, arXiv:2203.12119: learnt tokens beside the image's, everything else frozen.
 
 Deep prompts are thrown away after their block, so nobody ever reads what they attend to: they are only keys and values.
-These do not depend on the image and are computed once a forward for the whole batch, and once a model in inference,
-instead of pushing the prompts through every block. The outputs are those of the published method.
+These do not depend on the image and are computed once a forward for the whole batch, instead of pushing the prompts
+through every block. The outputs are those of the published method.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class VPT:
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise VizattnError(f"vpt: num_tokens must be at least 1, got {self.num_tokens}.")
+        if self.project is not None and self.project < 1:
+            raise VizattnError(f"vpt: project must be at least 1, or None, got {self.project}.")
         if not 0.0 <= self.dropout < 1.0:
             raise VizattnError(f"vpt: dropout must lie in [0, 1), got {self.dropout}.")
 
@@ -127,31 +129,13 @@ class _PromptedAttention:
     def __init__(self, prompts: Prompts, index: int, block: BlockAnatomy) -> None:
         self.prompts, self.index = prompts, index
         self.attn, self.pre_norm = block.attn, block.pre_norm
-        self.cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, grid_size: Any = None, **kwargs: Any) -> Tensor:
-        return attend(self.attn, x, self._prompt_kv(x), **kwargs)
+        return attend(self.attn, x, self._prompt_kv(x.shape[0]), **kwargs)
 
-    def _prompt_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() or self.prompts.training or torch.compiler.is_compiling():
-            self.cached = None
-            return self._compute_kv(x.shape[0])
-        key = self._state(x)
-        if self.cached is None or self.cached[0] != key:
-            self.cached = (key, self._compute_kv(x.shape[0]))
-        return self.cached[1]
-
-    def _compute_kv(self, batch: int) -> tuple[Tensor, Tensor]:
+    def _prompt_kv(self, batch: int) -> tuple[Tensor, Tensor]:
         tokens = self.prompts.tokens(self.index, batch)
         return project_kv(self.attn, tokens if self.pre_norm is None else self.pre_norm(tokens))
-
-    def _state(self, x: Tensor) -> Any:
-        """Changes whenever the keys and values would."""
-        weights = [*self.prompts.parameters(), *self.attn.parameters()]
-        if self.pre_norm is not None:
-            weights += self.pre_norm.parameters()
-        autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-        return x.device, x.dtype, autocast, type(x), [(w.data_ptr(), w._version) for w in weights]
 
 
 def _patch_area(model: nn.Module) -> int:
