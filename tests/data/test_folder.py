@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vizattn.data import available_splits, build_dataset
-from vizattn.data.folder import ImageFolder
+from vizattn.data.folder import ImageFolder, has_split_folders
 from vizattn.errors import VizattnError
 
 
@@ -225,3 +225,47 @@ def test_unknown_names_get_the_closest_match(flat):
         with pytest.raises(VizattnError, match=message):
             call()
     assert len(build_dataset("digits", "train", on_error="skip", val_fraction=0.3)) == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"val_fraction": 0}, ["train", "test"]),
+        ({"test_fraction": 0}, ["train", "val"]),
+        ({"val_fraction": 0, "test_fraction": 0}, ["train"]),
+    ],
+)
+def test_a_split_without_a_share_is_left_out(flat, options, expected):
+    assert available_splits("folder", root=flat, **options) == expected
+    assert sum(len(ImageFolder(flat, part, **options)) for part in expected) == 60
+
+
+def test_a_split_that_would_be_empty_is_left_out(tmp_path):
+    fill(tmp_path / "one", {"a": 1, "b": 1})
+    fill(tmp_path / "two" / "train", {"a": 3, "b": 3})
+    assert available_splits("folder", root=tmp_path / "one") == ["train"]
+    assert available_splits("folder", root=tmp_path / "two", val_fraction=0) == ["train"]
+    assert len(ImageFolder(tmp_path / "two", "train", val_fraction=0)) == 6
+    with pytest.raises(VizattnError, match=r"no val split in .*; it has train"):
+        ImageFolder(tmp_path / "one", "val")
+
+
+def test_all_images_of_class_folders(split):
+    assert has_split_folders(split) and not has_split_folders(split / "train")
+    everything = ImageFolder(split / "train", "all")
+    assert Counter(everything.labels) == {0: 5, 1: 6}
+    with pytest.raises(VizattnError, match=r"no all split in .*; it has train, val, test"):
+        ImageFolder(split, "all")
+    with pytest.raises(VizattnError, match="Unknown split 'all'"):
+        build_dataset("digits", "all")
+
+
+def test_a_tree_with_nothing_to_train_on(tmp_path):
+    fill(tmp_path / "test", {"cat": 2, "dog": 3})
+    assert available_splits("folder", root=tmp_path) == ["test"]
+    test = build_dataset("folder", "test", root=tmp_path)
+    assert test.class_names == ["cat", "dog"] and len(test) == 5
+    with pytest.raises(VizattnError, match=r"no train split in .*; it has test"):
+        ImageFolder(tmp_path, "train")
+    fill(tmp_path / "bird", {"nest": 1})  # so `test` is a class, with folders inside
+    assert ImageFolder(tmp_path, "all").class_names == ["bird", "test"]

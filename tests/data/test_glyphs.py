@@ -5,6 +5,7 @@ from PIL import Image
 
 from vizattn.data import build_dataset, build_transforms
 from vizattn.data.glyphs import CLASS_NAMES, FACES, Glyphs, _atlas, draw
+from vizattn.errors import VizattnError
 
 PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
 
@@ -73,3 +74,9 @@ def test_images_vary_in_light_and_detail():
     assert images.mean((1, 2, 3)).std() > 0.15
     assert (images.flatten(1).amax(1) - images.flatten(1).amin(1)).quantile(0.02) > 0.15  # a letter can be seen
     assert (images[:, 0] - images[:, 2]).abs().mean((1, 2)).gt(0.02).float().mean() > 0.05  # some are coloured
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_length_is_positive(length):
+    with pytest.raises(VizattnError, match="at least 1"):
+        build_dataset("glyphs", "train", length=length)

@@ -1,3 +1,7 @@
+import itertools
+import time
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -98,3 +102,19 @@ def test_images_are_found_sorted_and_hidden_files_left_out(photo, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         photo.save(tmp_path / name, format="PNG")
     assert find_images(str(tmp_path)) == ["a.png", "b.JPG", "deep/er/c.png"]
+
+
+def test_looking_for_damage_leaves_the_warning_filters_alone(tmp_path, monkeypatch):
+    opened, delays = Image.open, itertools.cycle([0.003, 0.001, 0.002])
+
+    def slow(path):  # so that threads overlap, and end in another order than they began
+        time.sleep(next(delays))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", slow)
+    paths = [str(tmp_path / f"{i}.png") for i in range(60)]
+    for path in paths:
+        Image.new("RGB", (4, 4)).save(path)
+    before = list(warnings.filters)
+    assert unreadable(paths, whole=True) == {}
+    assert warnings.filters == before

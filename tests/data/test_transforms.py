@@ -92,6 +92,14 @@ def test_identity_holds_no_memory_address(crop_mode):
         ({}, "standart", "Did you mean 'standard'"),
         ({"crop_ptc": 1.0}, "none", "Did you mean 'crop_pct'"),
         ({"crop_mode": "centre"}, "none", "Did you mean 'center'"),
+        ({"interpolation": "bicubicc"}, "none", "Did you mean 'bicubic'"),
+        ({"interpolation": None}, "light", "Unknown interpolation 'None'"),
+        ({"input_size": [32]}, "none", r"input_size must be \[3, height, width\]"),
+        ({"input_size": 32}, "none", r"input_size must be \[3, height, width\]"),
+        ({"input_size": [3, 32, 0]}, "none", r"input_size must be \[3, height, width\]"),
+        ({"mean": None}, "none", "mean must be three numbers"),
+        ({"std": [1, 1, 0]}, "none", "std must not be 0"),
+        ({"crop_pct": "all"}, "none", "crop_pct must be a number above 0"),
     ],
 )
 def test_mistakes_get_the_closest_match(change, augment, message):
@@ -100,5 +108,7 @@ def test_mistakes_get_the_closest_match(change, augment, message):
 
 
 def test_missing_preprocessing_is_named():
+    with pytest.raises(VizattnError, match="must be a dict of input_size"):
+        build_transforms(None, train=False)
     with pytest.raises(VizattnError, match="lacks mean, std"):
         build_transforms({"input_size": [3, 32, 32]}, train=False)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from vizattn import VizattnError
-from vizattn.engine.config import OPTIONS, apply_overrides, dump_config, parse_overrides, resolve_config
+from vizattn.data import DATASETS
+from vizattn.engine.config import DATA_OPTIONS, OPTIONS, apply_overrides, dump_config, parse_overrides, resolve_config
 from vizattn.engine.recipes import find_recipe, list_recipes, load_recipe
 
 MINIMAL = {"model": {"name": "vit_va_nano_patch4_32"}}
@@ -30,6 +31,18 @@ def test_a_resolved_config_is_plain_json(tmp_path: Path) -> None:
     config = resolve_config({"model": {"name": "x", "depth": 3}, "adapter": {"method": "vpt", "num_tokens": 4}})
     dump_config(config, tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text()) == load_recipe(tmp_path / "config.json")
+
+
+def test_tuples_are_lists_at_any_depth() -> None:
+    given = {**MINIMAL, "adapter": {"method": "hst", "widths": (8, 8)}, "data": {"val_fraction": 0}}
+    config = resolve_config(given)
+    assert config["adapter"]["widths"] == [8, 8] and config["data"]["val_fraction"] == 0.0
+    assert config == resolve_config(json.loads(json.dumps(config)))
+
+
+def test_every_option_of_a_data_set_has_its_type() -> None:
+    assert set(DATA_OPTIONS) == {option for options in DATASETS.values() for option in options}
+    assert not {f"data.{name}" for name in DATA_OPTIONS} & set(OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +68,9 @@ def test_a_resolved_config_is_plain_json(tmp_path: Path) -> None:
         ({"adapter": {"num_tokens": 3}}, "adapter must name a method"),
         ({"data": "digits"}, "data must be a dict of options, not 'digits'"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"model": {"name": "x", "act": print}}, "model.act must be made of numbers"),
+        ({"adapter": [{"method": "vpt", "widths": {1, 2}}]}, "adapter.0.widths must be made of numbers"),
+        ({"model": {"name": "x", "args": {1: 2}}}, "model.args must be made of numbers"),
     ],
 )
 def test_a_wrong_option_is_told_with_its_choices(changes: dict[str, Any], message: str) -> None:

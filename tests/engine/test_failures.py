@@ -14,6 +14,7 @@ from vizattn import VizattnError
 from vizattn.cli.train import run as run_train
 from vizattn.engine import checkpoint, evaluate, train
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint, save_checkpoint
+from vizattn.engine.hooks import last_good
 from vizattn.engine.optim import EpochOptimWrapper
 from vizattn.engine.task import ClassificationTask
 from vizattn.files import replacing
@@ -38,6 +39,8 @@ def test_a_nan_loss_stops_and_names_the_iteration(
         train(recipe, work_dir=tmp_path, quiet=True)
     kept = checkpoints_in(tmp_path / "checkpoints")
     assert [path.stem for path in kept] == ["iter_00000005"]
+    assert f"vizattn eval {kept[0]}" in last_good(tmp_path / "checkpoints")
+    assert evaluate(kept[0])["samples"] == 15
     assert all(torch.isfinite(tensor).all() for tensor in read_checkpoint(kept[0])["model"].values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,70 @@ def test_a_checkpoint_of_another_run_is_named(
     train(short, work_dir=tmp_path, quiet=True)
     with pytest.raises(VizattnError, match=message):
         train(merged(short, changes), work_dir=tmp_path, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rename", r"class 0 was 'left' and is 'middle'"),
+        ("add", r"number of training images was 30 and is 31"),
+        ("val", r"identity of val was \w+ and is \w+"),
+        ("class", r"there were 3 classes and are 2"),
+    ],
+)
+def test_other_data_is_not_resumed(recipe: dict[str, Any], tmp_path: Path, change: str, message: str) -> None:
+    root = shutil.copytree(recipe["data"]["root"], tmp_path / "data")
+    recipe = merged(recipe, {"data": {"root": str(root)}, "schedule": {"epochs": 1, "warmup_epochs": 0}})
+    train(recipe, work_dir=tmp_path / "run", quiet=True)
+    train(recipe, work_dir=tmp_path / "run", quiet=True, resume=True)
+    if change == "rename":
+        for split in root.iterdir():
+            (split / "left").rename(split / "zebra")
+    elif change == "class":
+        for split in root.iterdir():
+            shutil.rmtree(split / "right")
+    else:
+        folder = root / ("val" if change == "val" else "train") / "left"
+        shutil.copy(folder / "0.png", folder / "new.png")
+    with pytest.raises(VizattnError, match=message):
+        train(recipe, work_dir=tmp_path / "run", quiet=True, resume=True)
+
+
+def test_drawn_images_are_the_same_data_in_every_epoch(recipe: dict[str, Any], tmp_path: Path) -> None:
+    data = {"name": "glyphs", "length": 52, "batch_size": 26}
+    recipe = {**recipe, "data": data, "schedule": {"epochs": 2}}
+    first = train(recipe, work_dir=tmp_path, quiet=True)
+    assert train(recipe, work_dir=tmp_path, quiet=True, resume=True).metrics == first.metrics
+
+
+def test_a_run_is_resumed_by_its_own_config(adapter_recipe: dict[str, Any], tmp_path: Path) -> None:
+    hst = {"method": "hst", "widths": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}
+    recipe = {**adapter_recipe, "adapter": hst, "schedule": {"epochs": 1}}
+    first = train(recipe, work_dir=tmp_path, quiet=True)
+    again = train(tmp_path / "config.json", work_dir=tmp_path, quiet=True, resume=True)
+    assert again.metrics == first.metrics and again.config == first.config
+
+
+def test_an_empty_checkpoint_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "iter_00000005.pth").touch()
+    with pytest.raises(VizattnError, match=r"iter_00000005.pth: the file is empty"):
+        train(recipe, work_dir=tmp_path, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": "1"}, "is not a checkpoint of vizattn"),
+        ({"format_version": 2}, "checkpoint format 2; this version of vizattn reads up to 1"),
+        ({"config": None}, "config missing or wrong"),
+        ({"class_names": None, "preprocessing": 3}, "class_names, preprocessing missing or wrong"),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_header_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    header = {"format_version": 1, "model": {}, "config": {}, "class_names": [], "preprocessing": {}}
+    torch.save(header, tmp_path / "right.pth")
+    assert read_checkpoint(tmp_path / "right.pth") == header
+    torch.save({**header, **change}, tmp_path / "wrong.pth")
+    with pytest.raises(VizattnError, match=message):
+        read_checkpoint(tmp_path / "wrong.pth")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmengine.visualization import Visualizer
 
 from vizattn.cli import main
 from vizattn.engine import evaluate, load_trained, train
+from vizattn.engine.checkpoint import read_checkpoint
 from vizattn.engine.loggers import wandb_mode
 
 
@@ -97,6 +99,23 @@ def test_options_that_change_the_arithmetic_still_train(
     assert evaluate(tmp_path)["accuracy"] == result.metrics["test"]["accuracy"]
 
 
+def test_the_average_has_running_statistics_of_its_own(adapter_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = adapter_recipe | {"adapter": {"method": "efficient_probing", "num_queries": 2}, "schedule": {"epochs": 1}}
+    plain = train(recipe, work_dir=tmp_path / "plain", quiet=True).model.state_dict()
+    averaged = train(recipe | {"ema": {"decay": 0.5}}, work_dir=tmp_path / "averaged", quiet=True).model.state_dict()
+    newest = read_checkpoint(tmp_path / "averaged" / "checkpoints" / "iter_00000005.pth")
+    (name,) = (name for name in averaged if name.endswith("running_mean"))
+    assert torch.equal(newest["model"][name], plain[name])
+    assert torch.equal(newest["ema"][name], averaged[name]) and not torch.equal(averaged[name], plain[name])
+
+
+def test_a_run_without_validation_and_test(recipe: dict[str, Any], tmp_path: Path) -> None:
+    data = {**recipe["data"], "root": str(Path(recipe["data"]["root"]) / "train"), "val_fraction": 0}
+    result = train({**recipe, "data": {**data, "test_fraction": 0}}, work_dir=tmp_path, quiet=True)
+    assert result.metrics == {} and result.best == {}
+    assert evaluate(tmp_path, split="train")["samples"] == 30
+
+
 def test_many_runs_in_one_process_do_not_add_up(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe |= {"schedule": {"epochs": 1}}
     managers = (MMLogger, MessageHub, Visualizer, DefaultScope)
@@ -154,6 +173,17 @@ def test_the_commands(
         assert printed["accuracy"] == saved["metrics"]["test"]["accuracy"] and printed["split"] == "test"
     assert main(["eval", "work_dirs/tiny", "--split", "val"]) == 0
     assert "top-1" in capsys.readouterr().out
+    measured = {}
+    shutil.copytree(image_folder / "test", "only/test")
+    for data in ("only", str(image_folder / "val"), str(image_folder)):
+        assert main(["eval", "work_dirs/tiny", "--data", data, "--json"]) == 0
+        measured[data] = json.loads(capsys.readouterr().out)
+    assert [(m["split"], m["samples"]) for m in measured.values()] == [("test", 15), ("all", 12), ("test", 15)]
+    assert measured["only"]["accuracy"] == saved["metrics"]["test"]["accuracy"]
+    assert main(["eval", "work_dirs/tiny", "--data", "only", "--split", "val"]) == 2
+    assert "There is no val split" in capsys.readouterr().err
+    assert main(["train", "tiny.py", "--data", "only", "--work-dir", "other"]) == 2
+    assert "There is no train split" in capsys.readouterr().err
     assert main(["train", "tiny.py", "--cfg-options", "optimizer.lrr=1"]) == 2
     assert "Did you mean 'optimizer.lr'" in capsys.readouterr().err
     assert main(["eval"]) == 2

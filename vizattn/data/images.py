@@ -46,12 +46,16 @@ def load_rgb(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         OSError: The file cannot be read or decoded.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
+        return _decode(path)
+
+
+def _decode(path: str | os.PathLike[str]) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(_upright(image))
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(_upright(image))
     except OSError:
         raise
     except (
@@ -91,9 +95,11 @@ def unreadable(paths: Sequence[str], whole: bool) -> dict[str, str]:
         whole: Decode each file. Otherwise only its header and its last bytes are read, and the rest when those are odd:
             some thirty times quicker, and blind only to damage in the middle of a file.
     """
-    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-        reasons = pool.map(lambda path: _problem_of(path, whole), paths)
-        return {path: reason for path, reason in zip(paths, reasons) if reason}
+    with warnings.catch_warnings():  # here, as in threads it would leave the filters in disorder
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+            reasons = pool.map(lambda path: _problem_of(path, whole), paths)
+            return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 
 def _problem_of(path: str, whole: bool) -> str | None:
@@ -117,7 +123,7 @@ def _problem(path: str, size: int, mtime_ns: int, whole: bool) -> str | None:
                 file.seek(max(0, size - 64))
                 whole = ending is None or ending not in file.read()
         if whole:
-            load_rgb(path)
+            _decode(path)
     except Image.UnidentifiedImageError:
         return "not an image file"
     except Exception as error:

@@ -14,6 +14,7 @@ from vizattn.engine.runner import rank_and_world
 from vizattn.errors import VizattnError, unknown
 
 __all__ = [
+    "OWN_WEIGHTS",
     "Data",
     "build_data",
     "build_model",
@@ -24,7 +25,9 @@ __all__ = [
     "set_transforms",
 ]
 
-_OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+"""Options of `timm.create_model` that say where weights come from."""
+
 _LOADING = ("name", "root", "batch_size", "num_workers", "augment")
 
 
@@ -166,7 +169,7 @@ def _check_rebuildable(model: Mapping[str, Any], methods: Sequence[str]) -> None
         problem = "model.pretrained=False: its random weights would be lost"
     elif ":" in model["name"]:
         problem = f"model.name={model['name']!r}: it would not be found again"
-    elif own := [key for key in _OWN_WEIGHTS if model.get(key)]:
+    elif own := [key for key in OWN_WEIGHTS if model.get(key)]:
         problem = f"model.{own[0]}={model[own[0]]!r}: these weights would not be found again"
     else:
         return

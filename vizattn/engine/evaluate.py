@@ -13,7 +13,15 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from vizattn.engine.build import build_data, build_model, check_classes, choose_device, make_loader, set_transforms
+from vizattn.engine.build import (
+    OWN_WEIGHTS,
+    build_data,
+    build_model,
+    check_classes,
+    choose_device,
+    make_loader,
+    set_transforms,
+)
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint
 from vizattn.engine.config import apply_overrides, resolve_config
 from vizattn.engine.metrics import ClassificationMetric
@@ -93,13 +101,22 @@ def export(
         save_file(tensors, temporary)
     note = {
         "format_version": 1,
-        "model": {**config["model"], "pretrained": False},
+        "model": _without_weights(model, config["model"]),
         "num_classes": len(class_names),
         "class_names": class_names,
         "preprocessing": dict(preprocessing),
         "config": dict(config),
     }
     write_text(folder / "model.json", json.dumps(note, indent=2) + "\n")
+
+
+def _without_weights(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` for the architecture alone, without a hub, folder or file to read."""
+    kept = {key: value for key, value in options.items() if key not in OWN_WEIGHTS}
+    if ":" in kept["name"]:
+        args = {key: value for key, value in getattr(model, "_model_args", {}).items() if key != "num_classes"}
+        kept |= {**args, "name": model.pretrained_cfg["architecture"]}
+    return {**kept, "pretrained": False}
 
 
 def load_trained(folder: str | Path) -> Trained:
