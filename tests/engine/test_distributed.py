@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from vizattn.engine import evaluate, train
+from vizattn.engine.runner import distributed
 
 
 def torchrun(*command: str | Path, cwd: Path) -> str:
@@ -65,6 +67,16 @@ def test_the_model_that_two_processes_measure_is_the_one_they_export(
         for key in ("accuracy", "accuracy_top5", "samples", "accuracy_per_class"):
             assert found[key] == told[split][key]
         assert found["loss"] == pytest.approx(told[split]["loss"], rel=1e-6)
+
+
+def test_processes_wait_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process may compute the features of a whole data set in the meantime."""
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with distributed(torch.device("cpu")):
+        assert given["timeout"] >= timedelta(hours=12)
 
 
 @pytest.mark.slow
