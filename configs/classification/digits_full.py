@@ -7,6 +7,6 @@ Expected: test accuracy EXPECTED_full.
 task = "classification"
 model = dict(name="vit_va_nano_patch4_32", pretrained=True)
 adapter = dict(method="full")
-data = dict(name="digits", batch_size=32)
+data = dict(name="digits", batch_size=16)
 optimizer = dict(name="adamw", lr=5e-4, weight_decay=5e-2)
-schedule = dict(name="cosine", epochs=12, warmup_epochs=2)
+schedule = dict(name="cosine", epochs=8, warmup_epochs=1)
