@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         raise VizattnError(f"--seeds must be at least 1, got {args.seeds}.")
     folder, seeds, start = Path(args.work_dir), list(range(args.seeds)), time.perf_counter()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # the table in a log
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:

@@ -101,13 +101,13 @@ def set_transforms(data: Data, preprocessing: Mapping[str, Any], augment: str) -
 def make_loader(
     dataset: Any, config: Mapping[str, Any], device: torch.device, *, train: bool, num_workers: int | None = None
 ) -> DataLoader:
-    """This process's loader; `data.batch_size` is that of one process."""
+    """This process's loader; `data.batch_size` is that of one process. Without gradients, at least 64 images fit."""
     from vizattn.data.loader import build_loader
 
     rank, world_size = rank_and_world()
     return build_loader(
         dataset,
-        config["data"]["batch_size"],
+        config["data"]["batch_size"] if train else max(64, config["data"]["batch_size"]),
         train=train,
         seed=config["seed"],
         num_workers=config["data"]["num_workers"] if num_workers is None else num_workers,
