@@ -228,12 +228,18 @@ def _new_figure(width: float, height: float) -> Any:
 def _plot(rows: Sequence[Row]) -> Any:
     figure = _new_figure(7.0, 4.2)
     axes = figure.subplots()
+    shown = [r for r in rows if r.method != "scratch"] or list(rows)
+    low = 100 * min(r.accuracy_mean - 2 * r.accuracy_std for r in shown) - 0.5
     for i, r in enumerate(rows):
-        marker = "x" if r.method == "scratch" else "o"
-        axes.errorbar(r.params, 100 * r.accuracy_mean, 100 * r.accuracy_std, fmt=marker, capsize=3, color=f"C{i}")
-        axes.annotate(r.method, (r.params, 100 * r.accuracy_mean), xytext=(7, 5), textcoords="offset points")
+        y, below = 100 * r.accuracy_mean, 100 * r.accuracy_mean < low
+        label = f"{r.method}, {y:.1f} %" + (" (below the axis)" if below else "")
+        if below:  # the control would squeeze the others together
+            axes.plot(r.params, low + 0.1, "v", color=f"C{i}", label=label)
+        else:
+            axes.errorbar(r.params, y, 100 * r.accuracy_std, fmt="o", capsize=3, color=f"C{i}", label=label)
+    axes.set_ylim(low, 100.2)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.15)
     axes.set_xlabel("trainable parameters, with the head")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
