@@ -42,8 +42,8 @@ class _InsertedAttention:
     def __init__(self, attn: nn.Module, count: int) -> None:
         self.attn, self.count = attn, count
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attend(self.attn, x, None, self.count, **kwargs)  # a grid size of ours in args is not needed
+    def forward(self, x: Tensor, grid_size: Any = None, **kwargs: Any) -> Tensor:
+        return attend(self.attn, x, None, self.count, **kwargs)
 
 
 def insert_tokens(anatomy: Anatomy, edits: Edits, source: TokenSource, count: int) -> None:

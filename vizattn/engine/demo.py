@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import io
+import json
 import os
 import shutil
 import statistics
@@ -142,8 +143,6 @@ def check_bundles(folder: Path, methods: Sequence[str]) -> dict[str, tuple[float
     Raises:
         VizattnError: A bundle does not reproduce its accuracy exactly.
     """
-    import json
-
     folders = [str(folder / m) for m in methods]
     done = subprocess.run([sys.executable, "-c", _CHECK, *folders], capture_output=True, text=True, check=False)
     if done.returncode:
