@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from timm.models import is_model, model_entrypoint
 from timm.models import register_model as timm_register_model
@@ -11,7 +12,7 @@ from torch import nn
 
 from vizattn.errors import VizattnError
 
-__all__ = ["register_model"]
+__all__ = ["register_model", "register_sizes"]
 
 Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
 
@@ -32,4 +33,31 @@ def register_model(entrypoint: Entrypoint) -> Entrypoint:
             f"the name is taken by {model_entrypoint(name).__module__}."
         )
     timm_register_model(entrypoint)
+    return entrypoint
+
+
+def register_sizes(module: str, sizes: Mapping[str, Any], create: Callable[..., nn.Module]) -> None:
+    """Register each name of a family's size table, as a function of that name in the family's module.
+
+    Args:
+        module: `__name__` of the family's module, whose `default_cfgs` timm reads.
+        sizes: The table; its keys are the names.
+        create: Called as ``create(name, pretrained, **kwargs)``.
+
+    Raises:
+        VizattnError: A name is taken.
+    """
+    for name in sizes:
+        entrypoint = _entrypoint(module, name, create)
+        setattr(sys.modules[module], name, entrypoint)
+        register_model(entrypoint)
+
+
+def _entrypoint(module: str, name: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = module
+    entrypoint.__doc__ = f"{name}, see `SIZES`."
     return entrypoint

@@ -7,7 +7,7 @@ Shapes: B batch, H x W grid of patches, P prefix tokens (class token, then regis
 """
 
 import math
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,22 +23,18 @@ from timm.layers import (
     resample_patch_embed,
     trunc_normal_,
 )
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    resolve_pretrained_cfg,
-)
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from vizattn.attention import attention_class
-from vizattn.errors import VizattnError
+from vizattn.errors import VizattnError, unknown
 from vizattn.layers import LayerNorm, TransformerBlock
 
+from ._build import build, glyphs_cfg
 from ._checkpoint import check_fit, unwrap
-from ._registry import register_model
+from ._registry import register_sizes
 
 __all__ = ["VisionTransformer"]
 
@@ -71,7 +67,8 @@ class VisionTransformer(nn.Module):
         reg_tokens: Number of register tokens, arXiv:2309.16588.
         pre_norm: Whether tokens are normalised before the first block.
         fc_norm: Whether the final norm comes after pooling; None: for "avg", "max" and "avgmax".
-        attn: Name of the attention, see `vizattn.attention.ATTENTION`.
+        attn: Name of the attention, see `vizattn.attention.ATTENTION`, or a name for each block.
+        attn_kwargs: Options of attentions by name, such as ``{"agent": {"num_agents": 81}}``.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the position table is added.
         patch_drop_rate: Share of patches left out in training, arXiv:2212.00794.
@@ -82,7 +79,8 @@ class VisionTransformer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        VizattnError: An unknown attention or pooling, or token pooling without a class token.
+        VizattnError: An unknown attention or pooling, options for an attention that is not used, a list of attentions
+            of another length than the blocks, or token pooling without a class token.
     """
 
     def __init__(
@@ -104,7 +102,8 @@ class VisionTransformer(nn.Module):
         reg_tokens: int = 0,
         pre_norm: bool = False,
         fc_norm: bool | None = None,
-        attn: str = "softmax",
+        attn: str | Sequence[str] = "softmax",
+        attn_kwargs: dict[str, dict[str, Any]] | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -150,12 +149,17 @@ class VisionTransformer(nn.Module):
         )
         self.norm_pre = LayerNorm(embed_dim, **dd) if pre_norm else nn.Identity()
 
-        mechanism = attention_class(attn)
+        names = [attn] * depth if isinstance(attn, str) else list(attn)
+        if len(names) != depth:
+            raise VizattnError(f"attn names {len(names)} attentions for {depth} blocks: {', '.join(names)}.")
+        for name in attn_kwargs or {}:
+            if name not in names:
+                raise unknown("attention of this model in attn_kwargs:", name, sorted(set(names)))
         self.blocks = nn.Sequential(
             *[
                 TransformerBlock(
                     embed_dim,
-                    mechanism(
+                    attention_class(name)(
                         embed_dim,
                         num_heads,
                         grid_size=self.patch_embed.grid_size,
@@ -165,6 +169,7 @@ class VisionTransformer(nn.Module):
                         attn_drop=attn_drop_rate,
                         proj_drop=proj_drop_rate,
                         norm_layer=LayerNorm,
+                        **(attn_kwargs or {}).get(name, {}),
                         **dd,
                     ),
                     mlp_ratio=mlp_ratio,
@@ -173,7 +178,7 @@ class VisionTransformer(nn.Module):
                     drop_path=drop_path,  # type: ignore[arg-type]  # floats for one depth
                     **dd,
                 )
-                for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
+                for name, drop_path in zip(names, calculate_drop_path_rates(drop_path_rate, depth))
             ]
         )
         reduction = self.patch_embed.feat_ratio()
@@ -455,12 +460,7 @@ HUB_WEIGHTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "vit_va_nano_patch4_32.glyphs": _cfg(
-            file=str(files("vizattn") / "weights" / "vit_va_nano_patch4_32.safetensors"),
-            num_classes=52,
-            input_size=(3, 32, 32),
-            crop_pct=1.0,
-        ),
+        "vit_va_nano_patch4_32.glyphs": _cfg(**glyphs_cfg("vit_va_nano_patch4_32", pool_size=None)),
         **{f"vit_va_{key}": _cfg(hf_hub_id=f"timm/vit_{key}", **fields) for key, fields in HUB_WEIGHTS.items()},
     }
 )
@@ -496,47 +496,14 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    try:
-        return build_model_with_cfg(
-            VisionTransformer,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-            **SIZES[name] | kwargs,
-        )
-    except OSError as error:  # no such file, no network
-        source = cfg.file or f"the Hugging Face hub ({cfg.hf_hub_id})"
-        reason = str(error) or "There is no such file."
-        raise VizattnError(f"The weights of {name!r} could not be loaded from {source}. {reason}") from error
+    return build(
+        VisionTransformer,
+        name,
+        pretrained,
+        checkpoint_filter_fn,
+        {"out_indices": 3, "feature_cls": "getter"},
+        **SIZES[name] | kwargs,
+    )
 
 
-@register_model
-def vit_va_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT of 0.7 million parameters for 32 x 32 images; its weights ship with the package."""
-    return _create("vit_va_nano_patch4_32", pretrained, **kwargs)
-
-
-@register_model
-def vit_va_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-Ti/16."""
-    return _create("vit_va_tiny_patch16_224", pretrained, **kwargs)
-
-
-@register_model
-def vit_va_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-S/16."""
-    return _create("vit_va_small_patch16_224", pretrained, **kwargs)
-
-
-@register_model
-def vit_va_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-B/16."""
-    return _create("vit_va_base_patch16_224", pretrained, **kwargs)
-
-
-@register_model
-def vit_va_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-L/16."""
-    return _create("vit_va_large_patch16_224", pretrained, **kwargs)
+register_sizes(__name__, SIZES, _create)

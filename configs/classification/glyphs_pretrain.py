@@ -13,7 +13,7 @@ adapter = None
 data = dict(name="glyphs", batch_size=64, num_workers=0, augment="none")
 # Muon comes to a loss of 3.0 after 22,000 images; AdamW took 60,000.
 optimizer = dict(name="muon", lr=1.5e-3, weight_decay=0.05, clip_grad=1.0)
-schedule = dict(name="cosine", epochs=8, warmup_epochs=0.3, min_lr=1e-6)
+schedule = dict(name="cosine", epochs=5, warmup_epochs=0.3, min_lr=1e-6)
 loss = dict(label_smoothing=0.1)
 ema = dict(decay=0.998)
 logging = dict(interval=50)

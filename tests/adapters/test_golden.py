@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 
-import golden
 import pytest
 import timm
 import torch
-from golden import normal_input, relative_error, weight
+from reference import load, normal_input, relative_error, weight
 from torch import Tensor, nn
 
 import vizattn
@@ -65,7 +64,7 @@ def vpt_state(rows: list) -> dict[str, Tensor]:
 
 
 def test_vpt_deep():
-    case = golden.load("vpt_deep_vitb16_p5")
+    case = load("vpt_deep_vitb16_p5")
     model = timm.create_model("vit_base_patch16_224", num_classes=10).eval()
     vizattn.attach(model, "vpt", num_tokens=5)
     model.double().load_state_dict(vpt_state(case["keys_backbone"] + case["keys_prompt_and_head"]))
@@ -111,7 +110,7 @@ def hst_name(key: str) -> str:
 
 
 def test_hst():
-    case = golden.load("hst_vit_base_patch16_224")
+    case = load("hst_vit_base_patch16_224")
     model = timm.create_model("vit_base_patch16_224", num_classes=10).eval()
     vizattn.attach(model, "hst")
     rows = case["keys_backbone"] + case["keys_side"]
@@ -165,7 +164,7 @@ def test_hst_norm_eps():
 @pytest.mark.parametrize("sharp", [False, True])
 def test_efficient_probing(dim_queries, sharp):
     dim, queries = dim_queries
-    case = golden.load(f"ep_d{dim}_q{queries}_o1_n196")
+    case = load(f"ep_d{dim}_q{queries}_o1_n196")
     probe = EfficientProbe(dim, queries).double()
     filled = weight("cls_token", [1, queries, dim])[0]
     if sharp:
@@ -194,7 +193,7 @@ def test_efficient_probing(dim_queries, sharp):
 def test_efficient_probing_head(dim_queries):
     """The whole head, through a model: tokens in, logits out."""
     dim, queries = dim_queries
-    case = golden.load(f"ep_d{dim}_q{queries}_o1_n196")["head"]
+    case = load(f"ep_d{dim}_q{queries}_o1_n196")["head"]
     model = timm.create_model(
         "vit_base_patch16_224", embed_dim=dim, depth=1, num_heads=4, num_classes=10, img_size=224
     ).eval()

@@ -1,69 +1,23 @@
-"""The numbers of the ViT: against recorded reference outputs and against timm's own class at random weights."""
+"""The numbers of the ViT against timm's own class at random weights; recorded outputs are in `test_parity.py`."""
 
 from __future__ import annotations
 
-import json
-import zlib
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
+from reference import load
 from torch import Tensor, nn
 
 from vizattn.models.vit import VisionTransformer, checkpoint_filter_fn
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
-def golden_weight(key: str, shape: list[int]) -> Tensor:
-    """The rule of tests/golden: drawn from the key's checksum, in float64, then stored as float32."""
-    normal = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
-    if normal.ndim >= 2:
-        value = normal / np.sqrt(np.prod(shape[1:]))
-    elif key.endswith(".weight"):
-        value = 1 + 0.1 * normal
-    else:
-        value = 0.1 * normal
-    return torch.from_numpy(np.asarray(value, dtype=np.float32))
-
-
-def relative_error(value: Tensor, expected: Any) -> float:
-    reference = torch.as_tensor(expected, dtype=torch.float64)
-    return float((value.detach().double() - reference).abs().max() / reference.abs().max())
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)], ids=["f64", "f32"])
-def test_golden(dtype: torch.dtype, tolerance: float) -> None:
-    golden = json.loads((GOLDEN / "timm_vit_tiny_patch16_224.json").read_text())
-    model = timm.create_model("vit_va_tiny_patch16_224").eval()
-    assert list(map(list, ((k, list(v.shape)) for k, v in model.state_dict().items()))) == golden["keys"]
-    weights = {key: golden_weight(key, shape) for key, shape in golden["keys"]}
-    model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
-    model.to(dtype)
-
-    image = np.random.default_rng(zlib.crc32(b"input:224x224")).standard_normal((2, 3, 224, 224))
-    x = torch.from_numpy(image.astype(np.float32)).to(dtype).requires_grad_()
-    norms = {}
-    for row in golden["feature_l2"]:
-        model.get_submodule(row["module"]).register_forward_hook(
-            lambda _module, _inputs, output, name=row["module"]: norms.update({name: output.flatten(1).norm(dim=1)})
-        )
-    logits = model(x)
-    logits.pow(2).mean().backward()
-    assert x.grad is not None
-
-    expected = golden["float64"] if dtype == torch.float64 else golden
-    assert relative_error(logits[:, :16], expected["logits_first16"]) < tolerance
-    assert relative_error(logits.sum(1), expected["logits_sum"]) < tolerance
-    assert relative_error(logits.norm(dim=1), expected["logits_l2"]) < tolerance
-    assert relative_error(x.grad.norm(), expected["input_grad_l2"]) < tolerance
-    assert relative_error(x.grad.flatten()[:8], expected["input_grad_first8"]) < tolerance
-    for row in golden["feature_l2"]:
-        assert relative_error(norms[row["module"]], row["l2"]) < 1e-6, row["module"]
+def test_keys_are_those_of_timm_in_order() -> None:
+    model = timm.create_model("vit_va_tiny_patch16_224", device="meta")
+    assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == load("timm_vit_tiny_patch16_224")["keys"]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The rule by which the reference weights and inputs of the adapter methods were made."""
+"""The recorded outputs of published code in `golden/`, and the rule by which its weights and inputs were made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def weight(key: str, shape: list[int]) -> Tensor:
+def weight(key: str, shape: list[int], gain: float = 1.0) -> Tensor:
     """The value of `key`, drawn in float64 and stored as float32, returned as float64."""
     n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
     if key.endswith("running_var"):
@@ -29,12 +29,18 @@ def weight(key: str, shape: list[int]) -> Tensor:
     elif key.endswith("num_batches_tracked"):
         n = np.zeros(shape)
     elif n.ndim >= 2:
-        n = n / np.sqrt(np.prod(shape[1:]))
+        n = gain * n / np.sqrt(np.prod(shape[1:]))
     elif key.endswith(".weight"):
         n = 1 + 0.1 * n
     else:
         n = 0.1 * n
     return torch.from_numpy(np.asarray(n, dtype=np.float32)).double()
+
+
+def weights(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a case under the released keys; index tables, which are computed, are left out."""
+    computed = {entry["name"] for entry in case["constant_buffers"]}
+    return {key: weight(key, shape, case["weight_gain"]) for key, shape in case["keys"] if key not in computed}
 
 
 def normal_input(tag: str, shape: tuple[int, ...]) -> Tensor:

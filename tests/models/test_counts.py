@@ -1,0 +1,23 @@
+"""Parameters and multiply-adds of every size are those of its paper, within one in a hundred."""
+
+from __future__ import annotations
+
+import pytest
+
+from vizattn.cli.backbones import build_empty, gmacs
+
+#: name -> (parameters in millions, multiply-adds of one image in thousand millions), at the native size
+PUBLISHED: dict[str, tuple[float, float]] = {
+    # arXiv:2106.10270, table 2 (parameters); multiply-adds as timm's results list them
+    "vit_va_tiny_patch16_224": (5.72, 1.26),
+    "vit_va_small_patch16_224": (22.05, 4.61),
+    "vit_va_base_patch16_224": (86.57, 17.58),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts(name: str) -> None:
+    millions, giga = PUBLISHED[name]
+    model = build_empty(name)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert gmacs(model, model.default_cfg["input_size"]) == pytest.approx(giga, rel=0.01)
