@@ -145,3 +145,24 @@ def test_every_mechanism_keeps_the_protocol(name: str) -> None:
         output = module(x, (H, W))
         assert output.shape == x.shape
         torch.testing.assert_close(module(x[1:2], (H, W)), output[1:2])
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if hasattr(ATTENTION[name], "project_kv")])
+def test_extra_keys_and_values_equal_inserted_tokens(name: str) -> None:
+    """Insert tokens in front, drop their outputs: the same outputs and gradients as with their keys and values."""
+    torch.manual_seed(0)
+    module = ATTENTION[name](16, 2, grid_size=(4, 4), num_prefix_tokens=2, qkv_bias=True, qk_norm=True).double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    inputs = [draw(1, 1, 3, 16), *module.parameters()]
+    for H, W, prefix in ((4, 4, 2), (3, 5, 2), (7, 6, 2), (1, 1, 2)):
+        x = draw(2, 2, prefix + H * W, 16)
+        outputs = (
+            module(x, (H, W), module.project_kv(inputs[0])),  # type: ignore[operator]
+            module(torch.cat([inputs[0].expand(2, -1, -1), x], dim=1), (H, W))[:, 3:],
+        )
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+        own, inserted = (torch.autograd.grad(y.pow(2).sum(), [x, *inputs], allow_unused=True) for y in outputs)
+        for a, b in zip(own, inserted):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

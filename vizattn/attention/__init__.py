@@ -7,7 +7,13 @@ The protocol a backbone relies on, so that a new mechanism is one file and one r
   input and serve only to size parameters, such as tables of position biases.
 * Called as ``attention(x, grid_size)`` with `x` of shape (B, P + H * W, dim) and `grid_size` the (H, W) of this very
   input, returning the same shape. The patch tokens are the last H * W, row by row; all before them are prefix tokens,
-  including any that an adapter inserted, so their number is read off the input: ``x.shape[1] - H * W``.
+  including any that an adapter inserted (in front of the model's own), so their number is read off the input:
+  ``x.shape[1] - H * W``.
+* Called as ``attention(x, grid_size, extra_kv)`` with keys and values (B or 1, heads, E, channels a head) that every
+  token may attend to besides, as if E prefix tokens more were there whose outputs nobody reads. They have no position
+  bias and are never masked. ``attention.project_kv(tokens)`` gives them, from normed tokens (B or 1, E, dim). A
+  mechanism that cannot do this takes no `extra_kv` and has no `project_kv`.
+* It has ``num_heads``, and the output projection as ``proj``.
 """
 
 from __future__ import annotations

@@ -92,11 +92,27 @@ class SoftmaxAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+    def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""
+        C = tokens.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[C:]
+        kv = F.linear(tokens, self.qkv.weight[C:], bias).unflatten(-1, (2, self.num_heads, self.head_dim))
+        key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.k_norm(key), value
+
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        extra_kv: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C); every token may attend to `extra_kv`, each (B or 1, h, E, d), besides."""
         B, N, C = x.shape
         query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
+        if extra_kv is not None:
+            key = torch.cat([key, extra_kv[0].to(key.dtype).expand(B, -1, -1, -1)], dim=2)
+            value = torch.cat([value, extra_kv[1].to(value.dtype).expand(B, -1, -1, -1)], dim=2)
         if self.fused_attn:
             x = softmax_attention(query, key, value, self.attn_drop.p if self.training else 0.0)
         else:  # the map passes through a module, where hooks can read it
