@@ -62,8 +62,10 @@ COMBINATIONS = [(m, b) for m in METHODS for b in MODELS if b not in REFUSED.get(
 
 
 def create(row: str, num_classes: int = 5, **kwargs: Any) -> nn.Module:
-    """A tiny model of a row, the same weights on every call, in eval mode."""
+    """A tiny model of a row (of "row/name": with that attention), the same weights on every call, in eval mode."""
+    row, _, attention = row.partition("/")
     name, args = MODELS[row]
+    args = {**args, "attn": attention} if attention else args
     model = timm.create_model(name, num_classes=num_classes, **{**args, **kwargs})
     with torch.no_grad():  # zero biases and layer scales of 1e-5 would hide mistakes
         for key, parameter in model.named_parameters():

@@ -18,9 +18,12 @@ from vizattn.adapters.anatomy import attend, describe
 from vizattn.adapters.apla import PartialLinear
 from vizattn.adapters.efficient_probing import EfficientProbe
 from vizattn.adapters.hst import TwoKeyAttention
+from vizattn.attention import ATTENTION
 from vizattn.errors import VizattnError
 
-TOKEN_MODELS = ["vit_va", "vit", "deit_distilled", "dinov2_reg", "siglip", "clip", "dinov3", "beit", "eva02"]
+TIMM_TOKEN_MODELS = ["vit", "deit_distilled", "dinov2_reg", "siglip", "clip", "dinov3", "beit", "eva02"]
+#: Rows `create` knows: a ViT of one attention.
+OUR_ATTENTION = [f"vit_va/{name}" for name in ATTENTION if name != "softmax" and hasattr(ATTENTION[name], "project_kv")]
 
 COUNTS = [
     ("vpt", {"num_tokens": 50}, 460_800),
@@ -45,7 +48,7 @@ def test_parameter_counts_on_vit_base(name, method, options, count):
 
 
 class Inserted(nn.Module):
-    """The published definition of deep prompts: insert after the class token, run the block, strip."""
+    """The published definition of deep prompts: insert tokens, run the block, strip."""
 
     def __init__(self, block: nn.Module, prompts: torch.Tensor, prefix: int):
         super().__init__()
@@ -54,13 +57,13 @@ class Inserted(nn.Module):
     def forward(self, x, *args, **kwargs):
         count = len(self.prompts)
         prompts = self.prompts.expand(len(x), -1, -1)
-        # among the tokens that are not rotated, after the class token
+        # among the tokens that are not rotated, after timm's class token; in front of what vizattn's models have
         x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
         x = self.block(x, *args, **kwargs)
         return torch.cat([x[:, : self.prefix], x[:, self.prefix + count :]], dim=1)
 
 
-@pytest.mark.parametrize("row", ["vit_va", "vit", "dinov2_reg", "siglip", "clip", "dinov3", "eva02"])
+@pytest.mark.parametrize("row", ["vit_va", *OUR_ATTENTION, "vit", "dinov2_reg", "siglip", "clip", "dinov3", "eva02"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_deep_prompts_equal_inserted_tokens(row, dtype):
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
@@ -70,11 +73,10 @@ def test_deep_prompts_equal_inserted_tokens(row, dtype):
     prompts = [p.detach().clone().requires_grad_() for p in model.adapters["vpt"].prompts]
     naive = create(row).to(dtype)
     naive.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("adapters.")})
-    for i, prompt in enumerate(prompts):
-        block = naive.blocks[i]
-        if hasattr(block.attn, "num_prefix_tokens"):
-            block.attn.num_prefix_tokens += 3
-        naive.blocks[i] = Inserted(block, prompt, naive.num_prefix_tokens)
+    for i, (prompt, b) in enumerate(zip(prompts, describe(naive).blocks)):
+        if hasattr(b.attn, "num_prefix_tokens") and not b.protocol:
+            b.attn.num_prefix_tokens += 3
+        naive.blocks[i] = Inserted(b.block, prompt, 0 if b.protocol else naive.num_prefix_tokens)
     x = images().to(dtype)
     out, expected = model(x), naive(x)
     assert (out - expected).abs().max() <= tolerance * expected.abs().max()
@@ -84,7 +86,7 @@ def test_deep_prompts_equal_inserted_tokens(row, dtype):
         assert (ours.grad - theirs.grad).abs().max() <= 10 * tolerance * theirs.grad.abs().max()
 
 
-@pytest.mark.parametrize("row", TOKEN_MODELS)
+@pytest.mark.parametrize("row", ["vit_va", *OUR_ATTENTION, *TIMM_TOKEN_MODELS])
 def test_shallow_prompts_are_carried(row):
     """One set through all blocks, as when it is inserted once and taken out at the end."""
     model = vizattn.attach(create(row), "vpt", num_tokens=3, deep=False)
@@ -100,7 +102,7 @@ def test_shallow_prompts_are_carried(row):
     anatomy.blocks[0].block.register_forward_pre_hook(insert)
     anatomy.blocks[-1].block.register_forward_hook(lambda _m, _a, out: out[:, 3:])
     for b in anatomy.blocks:
-        if hasattr(b.attn, "num_prefix_tokens"):
+        if hasattr(b.attn, "num_prefix_tokens") and not b.protocol:
             b.attn.num_prefix_tokens += 3
         if row == "beit":
             b.attn.forward = lambda x, a=b.attn, **kw: attend(a, x, None, 3, **kw)
@@ -108,12 +110,12 @@ def test_shallow_prompts_are_carried(row):
         torch.testing.assert_close(model(images()), naive(images()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("row", [*TOKEN_MODELS, "swin"])
+@pytest.mark.parametrize("row", [*TIMM_TOKEN_MODELS, "swin"])
 def test_attend_is_the_attention(row):
     """Without prompts `attend` computes what the model's own attention does, in outputs and gradients."""
     model, other = create(row).double(), create(row).double()
     for b in describe(other).blocks:
-        b.attn.forward = lambda x, grid_size=None, a=b.attn, **kw: attend(a, x, **kw)
+        b.attn.forward = lambda x, a=b.attn, **kw: attend(a, x, **kw)
     x, y = images().double().requires_grad_(), images().double().requires_grad_()
     out, expected = other(y), model(x)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -156,23 +158,30 @@ def test_apla_trains_only_chosen_rows():
 
 
 @given(
-    d_in=st.integers(1, 9), d_out=st.integers(1, 9), rows=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99)
+    d_in=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    rows=st.integers(1, 9),
+    bias=st.booleans(),
+    conv=st.booleans(),
+    seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
-def test_partial_linear_gradients(d_in, d_out, rows, bias, seed):
+@settings(deadline=None, max_examples=50)
+def test_partial_linear_gradients(d_in, d_out, rows, bias, conv, seed):
     """Against autograd through the whole weight, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    linear = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64).requires_grad_(False)
+    kind, args, apply = (nn.Conv2d, (1,), nn.functional.conv2d) if conv else (nn.Linear, (), nn.functional.linear)
+    linear = kind(d_in, d_out, *args, bias=bias, dtype=torch.float64).requires_grad_(False)
     partial = PartialLinear(linear, torch.randperm(d_out, generator=generator)[: min(rows, d_out)])
     with torch.no_grad():
         partial.rows.add_(torch.randn(partial.rows.shape, generator=generator))
-    x = torch.randn(2, 3, d_in, dtype=torch.float64, generator=generator).requires_grad_()
+    shape = (2, d_in, 3, 2) if conv else (2, 3, d_in)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
     y = x.detach().clone().requires_grad_()
     weight, offset = partial.merged()
     weight.requires_grad_()
-    torch.testing.assert_close(partial(x), nn.functional.linear(y, weight, offset))
+    torch.testing.assert_close(partial(x), apply(y, weight, offset))
     partial(x).pow(2).sum().backward()
-    nn.functional.linear(y, weight, offset).pow(2).sum().backward()
+    apply(y, weight, offset).pow(2).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     torch.testing.assert_close(partial.rows.grad, weight.grad[partial.indices])
     assert torch.autograd.gradcheck(lambda x: partial(x), (x,))
@@ -286,7 +295,7 @@ def test_reset_classifier_while_attached():
 @pytest.mark.parametrize("name", ["resnet18", "xcit_nano_12_p16_224", "swinv2_cr_tiny_224"])
 def test_unknown_architectures_are_refused_with_the_list(name):
     model = timm.create_model(name)
-    with pytest.raises(VizattnError, match="Supported: vizattn's ViT"):
+    with pytest.raises(VizattnError, match="Supported: vizattn's backbones"):
         vizattn.attach(model, "vpt")
     assert vizattn.attach(model, "linear_probe") is model
 

@@ -1,5 +1,8 @@
 """Where blocks, attentions, norms and tokens sit in a model: the only place that knows other people's classes.
 
+vizattn's own backbones are known by what their parts are called, so that a new one needs nothing here: a block has the
+attention as `attn`, what comes before it as `norm1`; models of one grid have `blocks`, pyramids have not.
+
 Shapes: B batch, N tokens, D width of the tokens, H heads, d width of a head, P prompts.
 """
 
@@ -22,21 +25,22 @@ from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vizattn.attention import SoftmaxAttention
+from vizattn.attention import ATTENTION
 from vizattn.errors import VizattnError
 
-__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "project_kv"]
+__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "need_extra_tokens", "project_kv"]
 
-#: Attentions whose projections, position terms and output path `attend` reproduces.
-SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, SwinAttention, SoftmaxAttention)
-#: Attentions with an output projection `proj`, whatever happens before it.
+#: timm's attentions whose projections, position terms and output path `attend` reproduces.
+SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, SwinAttention)
+#: timm's attentions with an output projection `proj`, whatever happens before it.
 PROJECTED_ATTENTION = (*SOFTMAX_ATTENTION, SwinV2Attention)
 POST_NORM_BLOCKS = (ResPostBlock, EvaBlockPostNorm, SwinTransformerV2Block)
 
-SUPPORTED = (
-    "vizattn's ViT (vit_va_*), timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP and SigLIP towers, MAE), "
-    "Eva (EVA, EVA02, DINOv3), Beit (BEiT, BEiTv2), SwinTransformer and SwinTransformerV2"
+_TIMM = (
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP and SigLIP towers, MAE), Eva (EVA, EVA02, DINOv3), "
+    "Beit (BEiT, BEiTv2), SwinTransformer"
 )
+SUPPORTED = f"vizattn's backbones, {_TIMM} and SwinTransformerV2"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class BlockAnatomy:
     block: Any
     attn: Any
     pre_norm: nn.Module | None
-    """What the tokens pass before the attention; None in post-norm blocks."""
+    """What the tokens pass before the attention; None in post-norm blocks and where there is no norm."""
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -59,9 +63,34 @@ class BlockAnatomy:
         return int((self.attn.qkv if getattr(self.attn, "qkv", None) is not None else self.attn.q_proj).in_features)
 
     @property
+    def protocol(self) -> bool:
+        """Whether the attention itself takes `extra_kv` and inserted tokens, see `vizattn.attention`."""
+        return hasattr(self.attn, "project_kv")
+
+    @property
     def takes_extra_kv(self) -> bool:
-        """Whether `attend` can give this attention more keys and values."""
-        return isinstance(self.attn, SOFTMAX_ATTENTION)
+        """Whether this attention can be given more keys and values."""
+        return self.protocol or isinstance(self.attn, SOFTMAX_ATTENTION)
+
+    def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, P, d) of tokens (B, P, D) as they are before the block."""
+        tokens = tokens if self.pre_norm is None else self.pre_norm(tokens)
+        return self.attn.project_kv(tokens) if self.protocol else project_kv(self.attn, tokens)
+
+    def attend(self, x: Tensor, extra_kv: tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The attention's own forward, with more keys and values (B or 1, H, P, d)."""
+        if self.protocol:  # by the class: an adapter may have replaced the forward of this object
+            return type(self.attn).forward(self.attn, x, *args, extra_kv=extra_kv, **kwargs)
+        return attend(self.attn, x, extra_kv, **kwargs)
+
+    @property
+    def projection(self) -> tuple[nn.Module, str]:
+        """The attention's output projection, a linear layer or 1 x 1 convolution: the module it is in, and its name."""
+        owner, name = self.attn, "proj"
+        while not isinstance(getattr(owner, name), nn.Linear | nn.Conv2d):
+            owner = getattr(owner, name)
+            name = next(n for n, m in owner.named_children() if any(True for _ in m.parameters()))
+        return owner, name
 
 
 @dataclass(frozen=True)
@@ -71,17 +100,18 @@ class Anatomy:
     family: str
     blocks: list[BlockAnatomy]
     isotropic: bool
-    """Tokens of one width on one grid, (B, N, D) throughout; else a pyramid of maps (B, H, W, D)."""
+    """Tokens of one width on one grid, (B, N, D) throughout; else a pyramid of maps."""
+    channels_last: bool
+    """Whether `forward_features` of a pyramid gives maps (B, H, W, D), as timm's Swin; else (B, D, H, W)."""
     num_prefix_tokens: int
     """Class and register tokens before the patch tokens."""
     has_class_token: bool
     has_features: bool
     """Whether `forward_features` exists (timm's list form of `features_only` has none)."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the last block's tokens."""
-        return self.blocks[-1].dim
+    embed_dim: int
+    """Width of the features."""
+    final_norm: str | None
+    """Name of the norm between the last block and the features, if there is one."""
 
 
 def core(model: nn.Module) -> nn.Module:
@@ -95,17 +125,17 @@ def describe(model: nn.Module) -> Anatomy:
     Raises:
         VizattnError: the architecture is not known; the message lists what is.
     """
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "norm1") and hasattr(m, "norm2")]
+    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "attn", None), nn.Module)]
     blocks = [
-        BlockAnatomy(m, m.attn, None if isinstance(m, POST_NORM_BLOCKS) else m.norm1)
+        BlockAnatomy(m, m.attn, None if isinstance(m, POST_NORM_BLOCKS) else getattr(m, "norm1", None))
         for m in modules
-        if isinstance(getattr(m, "attn", None), PROJECTED_ATTENTION)
+        if _is_ours(m.attn) or (isinstance(m.attn, PROJECTED_ATTENTION) and hasattr(m, "norm1") and hasattr(m, "norm2"))
     ]
     family = _family(model, blocks)
-    stack = getattr(model, "blocks", getattr(model, "layers", None))
+    isotropic = hasattr(model, "blocks")
     known = [b.block for b in blocks]
-    odd = [f"{type(b).__name__} with {type(getattr(b, 'attn', None)).__name__}" for b in stack or [] if b not in known]
-    odd = [] if family == "swin" else odd
+    stack: Any = model.blocks if isotropic else []
+    odd = [f"{type(b).__name__} with {type(getattr(b, 'attn', None)).__name__}" for b in stack if b not in known]
     if family is None or not blocks or odd:
         why = f" (its blocks are {odd[0]})" if odd and family else ""
         raise VizattnError(
@@ -114,16 +144,37 @@ def describe(model: nn.Module) -> Anatomy:
     return Anatomy(
         family=family,
         blocks=blocks,
-        isotropic=family != "swin",
+        isotropic=isotropic,
+        channels_last=family == "swin",
         num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         has_class_token=getattr(model, "cls_token", None) is not None,
         has_features=hasattr(model, "forward_features"),
+        embed_dim=int(getattr(model, "num_features", None) or blocks[-1].dim),
+        final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
     )
 
 
+def _is_ours(attn: nn.Module) -> bool:
+    return type(attn).__module__.startswith("vizattn.") or hasattr(attn, "project_kv")
+
+
+def need_extra_tokens(method: str, anatomy: Anatomy) -> None:
+    """Make sure that every attention takes tokens besides the model's own.
+
+    Raises:
+        VizattnError: one does not; the message lists what does.
+    """
+    for attn in (type(b.attn) for b in anatomy.blocks if not b.takes_extra_kv):
+        fitting = ", ".join(sorted(name for name, cls in ATTENTION.items() if hasattr(cls, "project_kv")))
+        raise VizattnError(
+            f"Cannot attach {method!r}: {attn.__module__}.{attn.__name__} takes no tokens besides the image's own. "
+            f"Supported: vizattn's backbones with attention {fitting}; {_TIMM}."
+        )
+
+
 def _family(model: nn.Module, blocks: list[BlockAnatomy]) -> str | None:
-    if blocks and all(isinstance(b.attn, SoftmaxAttention) for b in blocks):
-        return "vit_va"
+    if blocks and all(_is_ours(b.attn) for b in blocks):
+        return "vizattn"
     for family, *classes in (
         ("vit", VisionTransformer),
         ("eva", Eva),

@@ -44,22 +44,24 @@ class APLA:
     def attach(self, model: nn.Module, anatomy: Anatomy, edits: Edits) -> None:
         """Replace each output projection by one that trains some of its rows."""
         generator = torch.Generator().manual_seed(self.seed)
-        for b in anatomy.blocks:
-            indices = torch.randperm(b.attn.proj.out_features, generator=generator)[: self.num_rows].sort().values
-            edits.set(b.attn, "proj", PartialLinear(b.attn.proj, indices))
+        for owner, name in (b.projection for b in anatomy.blocks):
+            projection = getattr(owner, name)
+            indices = torch.randperm(len(projection.weight), generator=generator)[: self.num_rows].sort().values
+            edits.set(owner, name, PartialLinear(projection, indices))
 
 
 class PartialLinear(nn.Module):
     """A linear layer (..., D_in) -> (..., D_out) of which only the rows `indices` are trained.
 
-    It shares the frozen weight and bias of `linear`, which stay as they are. Frozen rows cost neither gradient memory
-    nor time: the weight's gradient is one product with `num_rows` instead of D_out columns.
+    Or a 1 x 1 convolution (B, D_in, H, W) -> (B, D_out, H, W), which is the same on every position. It shares the
+    frozen weight and bias of `linear`, which stay as they are. Frozen rows cost neither gradient memory nor time: the
+    weight's gradient is one product with `num_rows` instead of D_out columns.
     """
 
-    def __init__(self, linear: nn.Linear, indices: Tensor) -> None:
+    def __init__(self, linear: nn.Linear | nn.Conv2d, indices: Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight: Tensor = linear.weight
+        self.bias: Tensor | None = linear.bias
         indices = indices.to(linear.weight.device)
         self.indices: Tensor
         self.register_buffer("indices", indices)
@@ -67,7 +69,7 @@ class PartialLinear(nn.Module):
         self.row_bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[indices].clone())
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (D_out, D_in) and bias (D_out) with the trained rows in place, detached."""
+        """Weight (D_out, D_in, ...) and bias (D_out) with the trained rows in place, detached."""
         weight = self.weight.detach().index_copy(0, self.indices, self.rows.detach())
         if self.bias is None or self.row_bias is None:
             return weight, None
@@ -76,17 +78,24 @@ class PartialLinear(nn.Module):
     def merged_weights(self) -> list[tuple[Tensor, Tensor]]:
         """(frozen tensor, value it has after merging)."""
         weight, bias = self.merged()
-        return [(self.weight, weight)] + ([] if bias is None else [(self.bias, bias)])
+        pairs = [(self.weight, weight)]
+        if self.bias is not None and bias is not None:
+            pairs.append((self.bias, bias))
+        return pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear`."""
+        """As the layer."""
         if not torch.is_grad_enabled():
-            return F.linear(x, *self.merged())
+            return _apply(x, *self.merged())
         tensors = (x, self.weight.detach(), self.rows, self.bias, self.row_bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(t if t is None else t.to(dtype) for t in tensors)  # type: ignore[assignment]
         return _TrainedRows.apply(*tensors, self.indices)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if weight.ndim == 2 else F.conv2d(x, weight, bias)
 
 
 class _TrainedRows(torch.autograd.Function):
@@ -101,7 +110,7 @@ class _TrainedRows(torch.autograd.Function):
     ) -> Tensor:
         if bias is not None and row_bias is not None:
             bias = bias.index_copy(0, indices, row_bias)
-        return F.linear(x, weight.index_copy(0, indices, rows), bias)
+        return _apply(x, weight.index_copy(0, indices, rows), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,7 +121,11 @@ class _TrainedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows, indices = ctx.saved_tensors
-        grad_x = grad @ weight.index_copy(0, indices, rows) if ctx.needs_input_grad[0] else None
+        channels = -1 if weight.ndim == 2 else 1
+        x, grad = x.movedim(channels, -1), grad.movedim(channels, -1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.index_copy(0, indices, rows).flatten(1)).movedim(-1, channels)
         chosen = grad.flatten(0, -2).index_select(1, indices)
-        grad_rows = chosen.t() @ x.flatten(0, -2)
+        grad_rows = (chosen.t() @ x.flatten(0, -2)).view_as(rows)
         return grad_x, None, grad_rows, None, chosen.sum(0) if ctx.has_bias else None, None

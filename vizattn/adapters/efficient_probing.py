@@ -57,7 +57,8 @@ class EfficientProbing:
                 f"got {self.d_out} * {self.num_queries}."
             )
         probe = ProbeHead(anatomy, self)
-        edits.set(model, "norm", nn.Identity())
+        if anatomy.final_norm is not None:
+            edits.set(model, anatomy.final_norm, nn.Identity())
         own_head(model, probe.head_features, edits)
         return probe
 
@@ -92,19 +93,17 @@ class ProbeHead(nn.Module):
 
     def __init__(self, anatomy: Anatomy, options: EfficientProbing) -> None:
         super().__init__()
-        self.isotropic, self.prefix, self.include_cls = (
-            anatomy.isotropic,
-            anatomy.num_prefix_tokens,
-            options.include_cls,
-        )
+        self.channels_last, self.prefix = anatomy.channels_last, anatomy.num_prefix_tokens
+        self.include_cls = options.include_cls
         self.head_features = anatomy.embed_dim // options.d_out
         self.probe = EfficientProbe(anatomy.embed_dim, options.num_queries, options.d_out)
         self.norm = nn.BatchNorm1d(self.head_features, affine=False, eps=1e-6)
 
     def tokens(self, features: Tensor) -> Tensor:
         """The tokens (B, N, D) that the queries see."""
-        if not self.isotropic:
-            return features.flatten(1, 2)
+        if features.ndim == 4:
+            features = features if self.channels_last else features.permute(0, 2, 3, 1)
+            return features.flatten(1, 2).contiguous()  # the same products whatever the layout in memory was
         patches = features[:, self.prefix :]
         return torch.cat([features[:, :1], patches], dim=1) if self.include_cls else patches
 
@@ -131,6 +130,6 @@ def query_maps(model: nn.Module, images: Tensor) -> Tensor:
     features = inner.forward_features(images)
     maps = probes[0].probe.attention(probes[0].tokens(features))
     if features.ndim == 4:
-        return maps.unflatten(2, features.shape[1:3])
+        return maps.unflatten(2, features.shape[1:3] if probes[0].channels_last else features.shape[2:])
     grid = inner.patch_embed.dynamic_feat_size(images.shape[-2:])
     return maps[:, :, maps.shape[2] - grid[0] * grid[1] :].unflatten(2, grid)

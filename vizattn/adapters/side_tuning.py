@@ -63,6 +63,7 @@ class MixedFeatures(nn.Module):
             conv = nn.Conv2d(in_chans if i == 0 else width, width, 3, 2, 1, bias=False)
             layers += [conv, nn.BatchNorm2d(width), nn.GELU()]
         self.side = nn.Sequential(*layers)
+        self.channels_last = anatomy.channels_last
         self.proj = nn.Linear(width, anatomy.embed_dim)
         self.mix = nn.Parameter(torch.zeros(()))
 
@@ -77,19 +78,18 @@ class MixedFeatures(nn.Module):
         """sigmoid(a) * frozen + (1 - sigmoid(a)) * side."""
         return torch.lerp(side.to(frozen.dtype), frozen, self.mix.sigmoid().to(frozen.dtype))
 
-    def mix_into(self, model: Any, features: Tensor, image: Tensor) -> Tensor:
+    def mix_into(self, model: Any, features: Tensor, image: Tensor, channels_last: bool) -> Tensor:
         """Mix tokens with prefix (B, P + N, D), patch tokens (B, N, D) or maps (B, D, H, W) with the side features."""
         if features.ndim == 4:
-            last = features.shape[1] != self.proj.out_features  # Swin's own features have the channels last
-            side = self.side_map(image, features.shape[1:3] if last else features.shape[2:])
-            return self.blend(features, side if last else side.permute(0, 3, 1, 2))
+            side = self.side_map(image, features.shape[1:3] if channels_last else features.shape[2:])
+            return self.blend(features, side if channels_last else side.permute(0, 3, 1, 2))
         side = self.side_map(image, model.patch_embed.dynamic_feat_size(image.shape[-2:])).flatten(1, 2)
         prefix = features.shape[1] - side.shape[1]
         return self.blend(features, torch.cat([side.mean(dim=1, keepdim=True).expand(-1, prefix, -1), side], dim=1))
 
     def forward_features(self, model: Any, run: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
         """As the backbone's; prefix tokens are mixed with the mean of the side map."""
-        return self.mix_into(model, run(x, **kwargs), x)
+        return self.mix_into(model, run(x, **kwargs), x, self.channels_last)
 
     def forward_intermediates(self, model: Any, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own; every level of the last one's width is mixed."""
@@ -98,14 +98,15 @@ class MixedFeatures(nn.Module):
             mixed: dict[str, Any] = dict(out)
             mixed["image_intermediates"] = [self._mix_level(model, level, x) for level in out["image_intermediates"]]
             if "image_features" in out:
-                mixed["image_features"] = self.mix_into(model, out["image_features"], x)
+                mixed["image_features"] = self.mix_into(model, out["image_features"], x, self.channels_last)
             return mixed
         if isinstance(out, list):
             return [self._mix_level(model, level, x) for level in out]
-        return self.mix_into(model, out[0], x), [self._mix_level(model, level, x) for level in out[1]]
+        last = self.mix_into(model, out[0], x, self.channels_last)
+        return last, [self._mix_level(model, level, x) for level in out[1]]
 
     def _mix_level(self, model: Any, level: Any, x: Tensor) -> Any:
         if isinstance(level, tuple):  # with prefix tokens
             return (self._mix_level(model, level[0], x), *level[1:])
         fits = level.shape[1 if level.ndim == 4 else 2] == self.proj.out_features
-        return self.mix_into(model, level, x) if fits else level
+        return self.mix_into(model, level, x, channels_last=False) if fits else level

@@ -37,12 +37,12 @@ class _AroundBlock:
 
 
 class _InsertedAttention:
-    """An attention whose rotations, relative positions and masks leave the inserted tokens out."""
+    """One of timm's attentions whose rotations, relative positions and masks leave the inserted tokens out."""
 
     def __init__(self, attn: nn.Module, count: int) -> None:
         self.attn, self.count = attn, count
 
-    def forward(self, x: Tensor, grid_size: Any = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return attend(self.attn, x, None, self.count, **kwargs)
 
 
@@ -55,4 +55,5 @@ def insert_tokens(anatomy: Anatomy, edits: Edits, source: TokenSource, count: in
         around = _AroundBlock(source, i, count)
         edits.before(b.block, around.before)
         edits.after(b.block, around.after)
-        edits.set(b.attn, "forward", _InsertedAttention(b.attn, count).forward)
+        if not b.protocol:
+            edits.set(b.attn, "forward", _InsertedAttention(b.attn, count).forward)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import SUPPORTED, Anatomy, BlockAnatomy, attend, project_kv
+from vizattn.adapters.anatomy import Anatomy, BlockAnatomy, need_extra_tokens
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
 from vizattn.adapters.tokens import insert_tokens
@@ -61,12 +61,7 @@ class VPT:
             VizattnError: shallow prompts or projected ones on a hierarchical model, or an attention that takes no extra
                 keys and values.
         """
-        unfit = [type(b.attn) for b in anatomy.blocks if not b.takes_extra_kv]
-        if unfit:
-            raise VizattnError(
-                f"Cannot attach 'vpt': {unfit[0].__module__}.{unfit[0].__name__} takes no extra keys and values. "
-                f"Supported: {SUPPORTED}, without Swin V2."
-            )
+        need_extra_tokens("vpt", anatomy)
         if not anatomy.isotropic and (not self.deep or self.project):
             raise VizattnError("Cannot attach 'vpt': on hierarchical backbones prompts must be deep and not projected.")
         blocks = anatomy.blocks if self.deep else anatomy.blocks[:1]
@@ -127,15 +122,11 @@ class _PromptedAttention:
     """An attention whose tokens may also attend to the prompts of its block."""
 
     def __init__(self, prompts: Prompts, index: int, block: BlockAnatomy) -> None:
-        self.prompts, self.index = prompts, index
-        self.attn, self.pre_norm = block.attn, block.pre_norm
+        self.prompts, self.index, self.block = prompts, index, block
 
-    def forward(self, x: Tensor, grid_size: Any = None, **kwargs: Any) -> Tensor:
-        return attend(self.attn, x, self._prompt_kv(x.shape[0]), **kwargs)
-
-    def _prompt_kv(self, batch: int) -> tuple[Tensor, Tensor]:
-        tokens = self.prompts.tokens(self.index, batch)
-        return project_kv(self.attn, tokens if self.pre_norm is None else self.pre_norm(tokens))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        extra_kv = self.block.project_kv(self.prompts.tokens(self.index, x.shape[0]))
+        return self.block.attend(x, extra_kv, *args, **kwargs)
 
 
 def _patch_area(model: nn.Module) -> int:
