@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # Each part of the package and the parts it may import; `errors`, `files`, `version` and the part itself always.
 ALLOWED = {
-    "vizattn": {"models", "adapters"},  # vizattn/__init__.py: importing is registering
+    "vizattn": {"models", "adapters", "fuse"},  # vizattn/__init__.py: importing is registering
     "__main__": {"cli"},
+    "fuse": {"adapters", "layers"},  # refuses models with adapters
     "layers": set(),
     "attention": {"layers"},
     "models": {"attention", "layers"},

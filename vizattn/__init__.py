@@ -13,6 +13,7 @@ from vizattn.adapters import (
     trainable_summary,
 )
 from vizattn.errors import VizattnError
+from vizattn.fuse import fuse
 from vizattn.version import __version__
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "create_from_bundle",
     "detach",
     "disabled",
+    "fuse",
     "list_adapters",
     "load_adapter",
     "merge",
