@@ -121,6 +121,18 @@ def test_a_damaged_model_note(
     assert words in message(capsys, "eval", "run")
 
 
+def test_published_weights_are_measured_with_their_own_head(command: list[str], capsys: Capture) -> None:
+    options = ["--cfg-options", "data.length=52"]
+    assert main(["eval", "classification/glyphs_pretrain", "--pretrained", "--json", "--split", "val", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 52
+    assert found["accuracy"] > 0.9
+    assert "published with a head of 52 classes, but data 'digits' has 10" in message(
+        capsys, "eval", "classification/digits_vpt", "--pretrained"
+    )
+    assert "Name one thing to measure" in message(capsys, "eval", "--pretrained")
+
+
 def test_an_unfinished_run_can_be_used(
     command: list[str], adapter_recipe: dict[str, Any], image_folder: Path, capsys: Capture
 ) -> None:

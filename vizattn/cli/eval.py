@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the work directory or a checkpoint of a run, or the recipe of one (looked up in work_dirs/<recipe>)",
     )
     parser.add_argument("--bundle", metavar="DIR", help="measure this bundle instead")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="measure the recipe's backbone with its published weights and head"
+    )
     parser.add_argument("--data", metavar="DIR", help="a folder of images, one sub-folder a class")
     parser.add_argument(
         "--split", help="train, val or test (default: test; all images where --data has no split folders)"
@@ -33,37 +36,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or JSON."""
     from vizattn.data.folder import has_split_folders
-    from vizattn.engine import evaluate
+    from vizattn.engine import as_published, evaluate, load_recipe
     from vizattn.engine.config import parse_overrides
-    from vizattn.engine.recipes import find_recipe, recipe_name
+    from vizattn.engine.recipes import find_recipe
     from vizattn.engine.runner import is_main_process
     from vizattn.errors import VizattnError
 
-    folder = args.bundle or args.trained
-    if folder is None or (args.bundle and args.trained):
+    if (args.trained is None) == (args.bundle is None) or (args.pretrained and args.bundle):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
-    if not Path(folder).is_dir() and Path(folder).suffix != ".pth":
-        if args.bundle:
-            raise VizattnError(f"There is no bundle {folder}: no such folder.")
-        trained = Path("work_dirs") / recipe_name(find_recipe(folder))
-        if not trained.is_dir():
-            raise VizattnError(f"{folder} has not been trained yet: there is no {trained}. See: vizattn train --help")
-        folder = trained
+    trained = as_published(load_recipe(find_recipe(args.trained))) if args.pretrained else _find(args)
+    name = args.trained or args.bundle
     overrides = {"amp": args.amp} if args.amp else {}
     if args.data is not None:
         overrides |= {"data.name": "folder", "data.root": args.data}
     split = args.split or ("all" if args.data is not None and not has_split_folders(args.data) else "test")
-    metrics = evaluate(folder, split=split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device)
+    metrics = evaluate(
+        trained, split=split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device
+    )
     if not is_main_process():
         return 0
     if args.json:
-        print(json.dumps({"model": str(folder), "split": split, **metrics}, indent=2))
+        print(json.dumps({"model": name, "split": split, **metrics}, indent=2))
         return 0
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{escape(str(folder))}: {split}, {metrics['samples']} images")
+    table = Table(title=f"{escape(name)}: {split}, {metrics['samples']} images")
     table.add_column("class")
     table.add_column("accuracy", justify="right")
     for name, accuracy in metrics["accuracy_per_class"].items():
@@ -74,3 +73,19 @@ def run(args: argparse.Namespace) -> int:
     table.add_row("cross entropy", f"{metrics['loss']:.4f}")
     Console().print(table)
     return 0
+
+
+def _find(args: argparse.Namespace) -> Path:
+    """The folder or checkpoint that the arguments name; a recipe stands for the run of it in `work_dirs`."""
+    from vizattn.engine.recipes import find_recipe, recipe_name
+    from vizattn.errors import VizattnError
+
+    path = Path(args.bundle or args.trained)
+    if path.is_dir() or path.suffix == ".pth":
+        return path
+    if args.bundle:
+        raise VizattnError(f"There is no bundle {path}: no such folder.")
+    run = Path("work_dirs") / recipe_name(find_recipe(path))
+    if not run.is_dir():
+        raise VizattnError(f"{path} has not been trained yet: there is no {run}. See: vizattn train --help")
+    return run

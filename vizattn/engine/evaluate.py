@@ -20,6 +20,7 @@ from vizattn.engine.build import (
     check_classes,
     choose_device,
     make_loader,
+    model_preprocessing,
     set_transforms,
 )
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint
@@ -30,7 +31,7 @@ from vizattn.engine.task import ClassificationTask
 from vizattn.errors import VizattnError
 from vizattn.files import replacing, write_text
 
-__all__ = ["Trained", "evaluate", "export", "load_trained", "measure"]
+__all__ = ["Trained", "as_published", "evaluate", "export", "load_trained", "measure"]
 
 
 @dataclass
@@ -197,6 +198,24 @@ def _load_checkpoint(path: Path) -> Trained:
             f"{path} was trained on other frozen weights of {config['model']['name']} than are here now."
         )
     return Trained(model.eval(), state["class_names"], state["preprocessing"], config)
+
+
+def as_published(recipe: Mapping[str, Any]) -> Trained:
+    """The recipe's backbone with the weights and the head it is published with, nothing trained here.
+
+    Raises:
+        VizattnError: Its weights cannot be had, or their head has not the classes of the recipe's data.
+    """
+    config = resolve_config(apply_overrides(recipe, {"adapter": None, "model.pretrained": True}))
+    class_names = build_data(config["data"], ["test"]).class_names
+    model = build_model(config, len(class_names)).eval()
+    published = model.pretrained_cfg["num_classes"]  # type: ignore[index]
+    if published != len(class_names):
+        raise VizattnError(
+            f"{config['model']['name']} is published with a head of {published} classes, "
+            f"but data {config['data']['name']!r} has {len(class_names)}."
+        )
+    return Trained(model, class_names, model_preprocessing(model, config["model"]), config)
 
 
 def evaluate(
