@@ -122,10 +122,10 @@ def test_a_damaged_model_note(
 
 
 def test_published_weights_are_measured_with_their_own_head(command: list[str], capsys: Capture) -> None:
-    options = ["--cfg-options", "data.length=52"]
+    options = ["--cfg-options", "data.length=520"]
     assert main(["eval", "classification/glyphs_pretrain", "--pretrained", "--json", "--split", "val", *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 52
+    assert found["samples"] == 520
     assert found["accuracy"] > 0.9
     assert "published with a head of 52 classes, but data 'digits' has 10" in message(
         capsys, "eval", "classification/digits_vpt", "--pretrained"
