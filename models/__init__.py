@@ -1,5 +1,7 @@
 """The backbones, one family a file. Importing this package registers them all into timm."""
 
+from .biformer import BiFormer
+from .efficientvit import EfficientViT
 from .vit import VisionTransformer
 
-__all__ = ["VisionTransformer"]
+__all__ = ["BiFormer", "EfficientViT", "VisionTransformer"]

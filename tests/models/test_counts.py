@@ -8,6 +8,13 @@ from vizattn.cli.backbones import build_empty, gmacs
 
 #: name -> (parameters in millions, multiply-adds of one image in thousand millions), at the native size
 PUBLISHED: dict[str, tuple[float, float]] = {
+    # arXiv:2305.07027, table 2, with one digit more
+    "efficientvit_va_m0": (2.35, 0.079),
+    "efficientvit_va_m1": (2.98, 0.167),
+    "efficientvit_va_m2": (4.19, 0.201),
+    "efficientvit_va_m3": (6.90, 0.263),
+    "efficientvit_va_m4": (8.80, 0.299),
+    "efficientvit_va_m5": (12.47, 0.522),
     # arXiv:2106.10270, table 2 (parameters); multiply-adds as timm's results list them
     "vit_va_tiny_patch16_224": (5.72, 1.26),
     "vit_va_small_patch16_224": (22.05, 4.61),

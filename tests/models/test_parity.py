@@ -11,8 +11,13 @@ from reference import load, normal_input, relative_error, weights
 
 import vizattn  # noqa: F401  (registers the backbones)
 
+EFFICIENTVIT = {"patch_embed": "stem", "blocks1": "stages.0", "blocks2": "stages.1", "blocks3": "stages.2"}
+
 #: recorded case, our name, where its modules sit in ours if they are called differently
 CASES: dict[str, tuple[str, dict[str, str]]] = {
+    "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
+    "efficientvit_m4": ("efficientvit_va_m4", EFFICIENTVIT),
+    "timm_efficientvit_m0": ("efficientvit_va_m0", {"patch_embed": "stem"}),
     "timm_vit_tiny_patch16_224": ("vit_va_tiny_patch16_224", {}),
 }
 

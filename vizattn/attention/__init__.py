@@ -20,12 +20,25 @@ from __future__ import annotations
 
 from torch import nn
 
+from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
+from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
 from vizattn.errors import unknown
 
-__all__ = ["ATTENTION", "SoftmaxAttention", "attention_class", "attention_weights", "softmax_attention"]
+__all__ = [
+    "ATTENTION",
+    "BilevelRoutingAttention",
+    "CascadedGroupAttention",
+    "SoftmaxAttention",
+    "attention_class",
+    "attention_weights",
+    "bilevel_routing_attention",
+    "biased_attention",
+    "softmax_attention",
+]
 
 ATTENTION: dict[str, type[nn.Module]] = {
+    "bilevel_routing": BilevelRoutingAttention,
     "softmax": SoftmaxAttention,
 }
 
