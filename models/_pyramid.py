@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from timm.models._features import feature_take_indices
@@ -16,7 +16,7 @@ __all__ = ["stage_intermediates"]
 def stage_intermediates(
     x: Tensor,
     stem: Callable[[Tensor], Tensor],
-    stages: Sequence[nn.Module],
+    stages: nn.Sequential,
     final_norm: Callable[[Tensor], Tensor],
     indices: int | list[int] | None = None,
     norm: bool = False,

@@ -264,7 +264,7 @@ class EfficientViT(nn.Module):
         """Trade time for memory: recompute each block in the backward pass."""
         self.grad_checkpointing = enable
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
