@@ -8,6 +8,11 @@ from vizattn.cli.backbones import build_empty, gmacs
 
 #: name -> (parameters in millions, multiply-adds of one image in thousand millions), at the native size
 PUBLISHED: dict[str, tuple[float, float]] = {
+    # arXiv:2303.08810, table 2 and section 4.4, with the digits of the release
+    "biformer_tiny": (13.14, 2.2),
+    "biformer_small": (25.54, 4.46),
+    "biformer_base": (56.80, 9.76),
+    "biformer_stl": (28.37, 4.57),
     # arXiv:2305.07027, table 2, with one digit more
     "efficientvit_va_m0": (2.35, 0.079),
     "efficientvit_va_m1": (2.98, 0.167),

@@ -15,6 +15,7 @@ EFFICIENTVIT = {"patch_embed": "stem", "blocks1": "stages.0", "blocks2": "stages
 
 #: recorded case, our name, where its modules sit in ours if they are called differently
 CASES: dict[str, tuple[str, dict[str, str]]] = {
+    "biformer_tiny": ("biformer_tiny", {"downsample_layers.0": "stem"}),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
     "efficientvit_m4": ("efficientvit_va_m4", EFFICIENTVIT),
     "timm_efficientvit_m0": ("efficientvit_va_m0", {"patch_embed": "stem"}),

@@ -32,8 +32,8 @@ __all__ = [
     "SoftmaxAttention",
     "attention_class",
     "attention_weights",
-    "bilevel_routing_attention",
     "biased_attention",
+    "bilevel_routing_attention",
     "softmax_attention",
 ]
 
