@@ -15,6 +15,7 @@ EFFICIENTVIT = {"patch_embed": "stem", "blocks1": "stages.0", "blocks2": "stages
 
 #: recorded case, our name, where its modules sit in ours if they are called differently
 CASES: dict[str, tuple[str, dict[str, str]]] = {
+    "agent_deit_tiny": ("deit_agent_tiny", {}),
     "biformer_tiny": ("biformer_tiny", {"downsample_layers.0": "stem"}),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
     "efficientvit_m4": ("efficientvit_va_m4", EFFICIENTVIT),
@@ -40,7 +41,9 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, tolerance: float) 
         module = modules.get(row["module"], row["module"])
         if module:
             model.get_submodule(module).register_forward_hook(
-                lambda _module, _inputs, output, name=row["module"]: norms.update({name: output.flatten(1).norm(dim=1)})
+                lambda _module, _inputs, output, name=row["module"]: norms.update(
+                    {name: output.detach().flatten(1).double().norm(dim=1)}
+                )
             )
     logits = model(x)
     logits.pow(2).mean().backward()
