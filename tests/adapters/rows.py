@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import vizattn  # noqa: F401  (registers the backbones)
+from vizattn.adapters import attached
 
 #: method, options
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,14 +49,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_tiny_patch14_224", _VIT),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
+    "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
+
+PYRAMIDS = {"swin", "swinv2", "efficientvit"}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {
-    "vpt_deep": {"swinv2"},
-    "vpt_shallow": {"swin", "swinv2"},
-    "vpt_projected": {"swin", "swinv2"},
-    "hst": {"swin", "swinv2"},
+    "vpt_deep": {"swinv2", "efficientvit"},
+    "vpt_shallow": PYRAMIDS,
+    "vpt_projected": PYRAMIDS,
+    "hst": PYRAMIDS,
 }
 
 COMBINATIONS = [(m, b) for m in METHODS for b in MODELS if b not in REFUSED.get(m, set())]
@@ -89,6 +93,7 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        everything = any(a.options.trains_backbone for a in attached(model))
         for name, buffer in model.named_buffers():
-            if name.startswith("adapters.") and name.endswith("running_mean"):
+            if (everything or name.startswith("adapters.")) and name.endswith("running_mean"):
                 buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)

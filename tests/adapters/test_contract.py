@@ -206,9 +206,13 @@ def test_identity_initialisation(method, row):
         assert torch.equal(_first(attach(method, row)(images())), _first(create(row)(images())))
 
 
-@pytest.mark.parametrize(("method", "row"), [(m, b) for m, b in COMBINATIONS if b in ("vit_va", "vit", "swin")])
+FEATURE_ROWS = ("vit_va", "vit", "swin", "efficientvit")
+
+
+@pytest.mark.parametrize(("method", "row"), [(m, b) for m, b in COMBINATIONS if b in FEATURE_ROWS])
 def test_features_only(method, row):
-    if (row == "swin" and method == "side_tuning") or method in ("linear_probe", "efficient_probing"):
+    listed = row in ("swin", "efficientvit")  # timm makes a list of layers of the model, without its `forward_features`
+    if (listed and method == "side_tuning") or method in ("linear_probe", "efficient_probing"):
         model = create(row, num_classes=0, features_only=True)
         with pytest.raises(VizattnError):
             vizattn.attach(model, *METHODS[method][:1], **METHODS[method][1])

@@ -25,10 +25,9 @@ from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vizattn.attention import ATTENTION
 from vizattn.errors import VizattnError
 
-__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "need_extra_tokens", "project_kv"]
+__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "project_kv"]
 
 #: timm's attentions whose projections, position terms and output path `attend` reproduces.
 SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, SwinAttention)
@@ -36,11 +35,10 @@ SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, Swin
 PROJECTED_ATTENTION = (*SOFTMAX_ATTENTION, SwinV2Attention)
 POST_NORM_BLOCKS = (ResPostBlock, EvaBlockPostNorm, SwinTransformerV2Block)
 
-_TIMM = (
-    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP and SigLIP towers, MAE), Eva (EVA, EVA02, DINOv3), "
-    "Beit (BEiT, BEiTv2), SwinTransformer"
+SUPPORTED = (
+    "vizattn's backbones, timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP and SigLIP towers, MAE), "
+    "Eva (EVA, EVA02, DINOv3), Beit (BEiT, BEiTv2), SwinTransformer and SwinTransformerV2"
 )
-SUPPORTED = f"vizattn's backbones, {_TIMM} and SwinTransformerV2"
 
 
 @dataclass(frozen=True)
@@ -149,27 +147,13 @@ def describe(model: nn.Module) -> Anatomy:
         num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         has_class_token=getattr(model, "cls_token", None) is not None,
         has_features=hasattr(model, "forward_features"),
-        embed_dim=int(getattr(model, "num_features", None) or blocks[-1].dim),
+        embed_dim=int(model.num_features if hasattr(model, "num_features") else model.feature_info.channels()[-1]),  # type: ignore[arg-type, union-attr, operator]
         final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
     )
 
 
 def _is_ours(attn: nn.Module) -> bool:
     return type(attn).__module__.startswith("vizattn.") or hasattr(attn, "project_kv")
-
-
-def need_extra_tokens(method: str, anatomy: Anatomy) -> None:
-    """Make sure that every attention takes tokens besides the model's own.
-
-    Raises:
-        VizattnError: one does not; the message lists what does.
-    """
-    for attn in (type(b.attn) for b in anatomy.blocks if not b.takes_extra_kv):
-        fitting = ", ".join(sorted(name for name, cls in ATTENTION.items() if hasattr(cls, "project_kv")))
-        raise VizattnError(
-            f"Cannot attach {method!r}: {attn.__module__}.{attn.__name__} takes no tokens besides the image's own. "
-            f"Supported: vizattn's backbones with attention {fitting}; {_TIMM}."
-        )
 
 
 def _family(model: nn.Module, blocks: list[BlockAnatomy]) -> str | None:

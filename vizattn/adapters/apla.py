@@ -30,6 +30,7 @@ class APLA:
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ("vpt", "efficient_probing")
     cache_level: ClassVar[None] = None

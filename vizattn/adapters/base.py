@@ -46,6 +46,8 @@ class Method(Protocol):
     """True, or the reason why the weights of the backbone cannot hold what was learnt."""
     hierarchical: ClassVar[bool]
     """Works on pyramids such as Swin."""
+    extra_tokens: ClassVar[bool]
+    """Puts tokens beside the model's own, which every attention must take."""
     dense: ClassVar[bool]
     """Adapts the features of every position, not just the prediction of a class."""
     composes_with: ClassVar[tuple[str, ...]]
@@ -329,13 +331,23 @@ def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:
         anatomy = describe(model)
     except VizattnError as error:
         raise VizattnError(f"Cannot attach {method!r}: {error}") from None
-    if not anatomy.isotropic and not opts.hierarchical:
-        fitting = [n for n, m in sorted(METHODS.items()) if m.hierarchical]
+    unfit = _unfit(opts, anatomy)
+    if unfit:
+        fitting = [n for n, m in sorted(METHODS.items()) if not _unfit(m, anatomy)]
         raise VizattnError(
-            f"Cannot attach {method!r} to {type(model).__name__}: it needs tokens of one width on one grid. "
-            f"On hierarchical backbones these work: {', '.join(fitting)}."
+            f"Cannot attach {method!r} to {type(model).__name__}: {unfit}. These work on it: {', '.join(fitting)}."
         )
     return anatomy
+
+
+def _unfit(method: Any, anatomy: Anatomy) -> str | None:
+    """Why a method does not work on a model, if so."""
+    if not anatomy.isotropic and not method.hierarchical:
+        return "it needs tokens of one width on one grid"
+    closed = [type(b.attn) for b in anatomy.blocks if not b.takes_extra_kv]
+    if method.extra_tokens and closed:
+        return f"{closed[0].__module__}.{closed[0].__name__} takes no tokens besides the image's own"
+    return None
 
 
 def _trained_tensors(model: nn.Module, originals: set[int]) -> list[Tensor]:

@@ -36,6 +36,7 @@ class EfficientProbing:
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[str] = "its queries replace the pooling of the backbone"
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     composes_with: ClassVar[tuple[str, ...]] = ("vpt", "apla")
     cache_level: ClassVar[Literal["tokens"]] = "tokens"

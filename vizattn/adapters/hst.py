@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import Anatomy, need_extra_tokens
+from vizattn.adapters.anatomy import Anatomy
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
 from vizattn.adapters.head import classify, own_head
@@ -40,6 +40,7 @@ class HST:
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[str] = "the side network is a second network"
     hierarchical: ClassVar[bool] = False
+    extra_tokens: ClassVar[bool] = True
     dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None
@@ -66,9 +67,8 @@ class HST:
         From then on `forward_features` returns the last side map and `forward_intermediates` the side pyramid.
 
         Raises:
-            VizattnError: fewer blocks than side stages, or an attention that takes no inserted tokens.
+            VizattnError: fewer blocks than side stages.
         """
-        need_extra_tokens("hst", anatomy)
         if len(anatomy.blocks) < len(self.widths):
             raise VizattnError(f"hst: {len(self.widths)} side stages need as many blocks, got {len(anatomy.blocks)}.")
         side = SideNetwork(anatomy, model.in_chans if hasattr(model, "in_chans") else 3, self)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ class LinearProbe:
     needs_anatomy: ClassVar[bool] = False
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[Literal["pooled"]] = "pooled"
@@ -46,6 +47,7 @@ class Full:
     needs_anatomy: ClassVar[bool] = False
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None

@@ -30,6 +30,7 @@ class SideTuning:
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[str] = "the side network is a second network"
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import Anatomy, BlockAnatomy, need_extra_tokens
+from vizattn.adapters.anatomy import Anatomy, BlockAnatomy
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
 from vizattn.adapters.tokens import insert_tokens
@@ -41,6 +41,7 @@ class VPT:
     needs_anatomy: ClassVar[bool] = True
     mergeable: ClassVar[str] = "prompts are extra keys and values, which no weight of the backbone can hold"
     hierarchical: ClassVar[bool] = True
+    extra_tokens: ClassVar[bool] = True
     dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ("apla", "efficient_probing")
     cache_level: ClassVar[None] = None
@@ -58,10 +59,8 @@ class VPT:
         """Insert the prompts; returns the module that holds them.
 
         Raises:
-            VizattnError: shallow prompts or projected ones on a hierarchical model, or an attention that takes no extra
-                keys and values.
+            VizattnError: shallow prompts or projected ones on a hierarchical model.
         """
-        need_extra_tokens("vpt", anatomy)
         if not anatomy.isotropic and (not self.deep or self.project):
             raise VizattnError("Cannot attach 'vpt': on hierarchical backbones prompts must be deep and not projected.")
         blocks = anatomy.blocks if self.deep else anatomy.blocks[:1]
