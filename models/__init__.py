@@ -1,5 +1,6 @@
 """The backbones, one family a file. Importing this package registers them all into timm."""
 
+from . import agent_deit  # noqa: F401  (sizes of VisionTransformer)
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
 from .vit import VisionTransformer

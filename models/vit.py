@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    LayerScale,
     PatchDropout,
     PatchEmbed,
     calculate_drop_path_rates,
@@ -212,8 +211,8 @@ class VisionTransformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif reset and isinstance(module, nn.LayerNorm | nn.Conv2d | LayerScale):
-                module.reset_parameters()
+            elif reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -270,6 +269,9 @@ class VisionTransformer(nn.Module):
                 num_prefix_tokens=self.num_embedded_prefix,
             )
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+            for block in self.blocks:
+                if hasattr(block.attn, "set_grid_size"):  # an attention with tables of the grid's size
+                    block.attn.set_grid_size(self.patch_embed.grid_size)  # type: ignore[operator]
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:

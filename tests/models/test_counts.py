@@ -8,6 +8,10 @@ from vizattn.cli.backbones import build_empty, gmacs
 
 #: name -> (parameters in millions, multiply-adds of one image in thousand millions), at the native size
 PUBLISHED: dict[str, tuple[float, float]] = {
+    # arXiv:2312.08874 (with one decimal: 1.2 of tiny is 1.17)
+    "deit_agent_tiny": (6.0, 1.17),
+    "deit_agent_small": (22.7, 4.4),
+    "deit_agent_base": (87.2, 17.5),
     # arXiv:2303.08810, table 2 and section 4.4, with the digits of the release
     "biformer_tiny": (13.14, 2.2),
     "biformer_small": (25.54, 4.46),

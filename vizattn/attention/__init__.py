@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from vizattn.attention.agent import AgentAttention, agent_attention
 from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
@@ -27,9 +28,11 @@ from vizattn.errors import unknown
 
 __all__ = [
     "ATTENTION",
+    "AgentAttention",
     "BilevelRoutingAttention",
     "CascadedGroupAttention",
     "SoftmaxAttention",
+    "agent_attention",
     "attention_class",
     "attention_weights",
     "biased_attention",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 ATTENTION: dict[str, type[nn.Module]] = {
+    "agent": AgentAttention,
     "bilevel_routing": BilevelRoutingAttention,
     "softmax": SoftmaxAttention,
 }
