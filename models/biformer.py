@@ -32,7 +32,7 @@ __all__ = ["BiFormer"]
 class LePEAttention(nn.Module):
     """Softmax attention over all tokens of a map, with a depthwise convolution of its *input* added to what it gives.
 
-    It takes no prefix tokens and no extra keys.
+    It takes extra keys, but no prefix tokens.
 
     Args:
         dim: Channels C.
@@ -65,11 +65,20 @@ class LePEAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """(B, H * W, C) -> (B, H * W, C)."""
+    def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""
+        kv = F.linear(tokens, self.qkv.weight[tokens.shape[-1] :]).unflatten(-1, (2, self.num_heads, self.head_dim))
+        key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int], extra_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, H * W, C) -> the same; every token may attend to `extra_kv`, each (B or 1, h, E, d), besides."""
         B, N, C = x.shape
         local = self.lepe(x.reshape(B, grid_size[0], grid_size[1], C).permute(0, 3, 1, 2))
         query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if extra_kv is not None:
+            key = torch.cat([key, extra_kv[0].to(key.dtype).expand(B, -1, -1, -1)], dim=2)
+            value = torch.cat([value, extra_kv[1].to(value.dtype).expand(B, -1, -1, -1)], dim=2)
         dropout_p = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x + local.permute(0, 2, 3, 1).reshape(B, N, C)))

@@ -49,10 +49,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_tiny_patch14_224", _VIT),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
+    "biformer": ("biformer_nano", {"embed_dims": (16, 32), "depths": (1, 1), "topk": (2,), "n_win": 4, "head_dim": 8}),
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
 
-PYRAMIDS = {"swin", "swinv2", "efficientvit"}
+PYRAMIDS = {"swin", "swinv2", "biformer", "efficientvit"}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {

@@ -20,6 +20,7 @@ from vizattn.adapters.efficient_probing import EfficientProbe
 from vizattn.adapters.hst import TwoKeyAttention
 from vizattn.attention import ATTENTION
 from vizattn.errors import VizattnError
+from vizattn.models.biformer import LePEAttention
 
 TIMM_TOKEN_MODELS = ["vit", "deit_distilled", "dinov2_reg", "siglip", "clip", "dinov3", "beit", "eva02"]
 #: Rows `create` knows: a ViT of one attention.
@@ -428,3 +429,15 @@ def test_no_timm_model():
     for method in vizattn.list_adapters():
         with pytest.raises(VizattnError, match="Linear"):
             vizattn.attach(nn.Linear(2, 2), method)
+
+
+def test_extra_keys_of_biformers_last_stage():
+    torch.manual_seed(0)
+    attn = LePEAttention(16, 2).double()
+    x, tokens = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(1, 3, 16, dtype=torch.float64)
+    everything = torch.cat([x, tokens.expand(2, -1, -1)], dim=1)
+    q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in attn.qkv(everything).chunk(3, dim=-1))
+    mixed = (q[:, :, :6] @ k.mT * 8**-0.5).softmax(-1) @ v
+    local = attn.lepe(x.unflatten(1, (2, 3)).permute(0, 3, 1, 2)).flatten(2).mT
+    expected = attn.proj(mixed.transpose(1, 2).flatten(2) + local)
+    torch.testing.assert_close(attn(x, (2, 3), attn.project_kv(tokens)), expected)
