@@ -3,6 +3,7 @@
 from . import agent_deit  # noqa: F401  (sizes of VisionTransformer)
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
+from .halonet import HaloNet
 from .vit import VisionTransformer
 
-__all__ = ["BiFormer", "EfficientViT", "VisionTransformer"]
+__all__ = ["BiFormer", "EfficientViT", "HaloNet", "VisionTransformer"]

@@ -23,6 +23,7 @@ from torch import nn
 from vizattn.attention.agent import AgentAttention, agent_attention
 from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
+from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
 from vizattn.errors import unknown
 
@@ -31,18 +32,22 @@ __all__ = [
     "AgentAttention",
     "BilevelRoutingAttention",
     "CascadedGroupAttention",
+    "HaloAttention",
+    "HaloAttention2d",
     "SoftmaxAttention",
     "agent_attention",
     "attention_class",
     "attention_weights",
     "biased_attention",
     "bilevel_routing_attention",
+    "halo_attention",
     "softmax_attention",
 ]
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "bilevel_routing": BilevelRoutingAttention,
+    "halo": HaloAttention,
     "softmax": SoftmaxAttention,
 }
 
