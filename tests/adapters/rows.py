@@ -11,6 +11,7 @@ from torch import nn
 
 import vizattn  # noqa: F401  (registers the backbones)
 from vizattn.adapters import attached
+from vizattn.attention import ATTENTION
 
 #: method, options
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,6 +37,10 @@ _SWIN = {
     "drop_path_rate": 0.0,
 }
 
+#: One block of each attention that takes tokens of an adapter; side-tuning needs four.
+_ATTENTIONS = [name for name in ATTENTION if hasattr(ATTENTION[name], "project_kv")]
+_MIXED = {"attn": (_ATTENTIONS * 4)[: max(4, len(_ATTENTIONS))], "depth": max(4, len(_ATTENTIONS))}
+
 #: timm name, creation arguments
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_va": ("vit_va_nano_patch4_32", {"patch_size": 8, "depth": 4, "embed_dim": 48}),
@@ -49,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_tiny_patch14_224", _VIT),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
+    "vit_attentions": ("vit_va_nano_patch4_32", {**_MIXED, "patch_size": 4, "embed_dim": 32, "num_heads": 2}),
+    "deit_agent": ("deit_agent_nano_patch4_32", {"patch_size": 8, "depth": 4, "embed_dim": 48}),
     "biformer": ("biformer_nano", {"embed_dims": (16, 32), "depths": (1, 1), "topk": (2,), "n_win": 4, "head_dim": 8}),
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
