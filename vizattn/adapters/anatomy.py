@@ -85,6 +85,8 @@ class BlockAnatomy:
     def projection(self) -> tuple[nn.Module, str]:
         """The attention's output projection, a linear layer or 1 x 1 convolution: the module it is in, and its name."""
         owner, name = self.attn, "proj"
+        if not hasattr(self.attn, "proj"):  # HaloNet's bottleneck: the convolution that widens again
+            owner, name = self.block, "conv2"
         while not isinstance(getattr(owner, name), nn.Linear | nn.Conv2d):
             owner = getattr(owner, name)
             name = next(n for n, m in owner.named_children() if any(True for _ in m.parameters()))
@@ -148,8 +150,14 @@ def describe(model: nn.Module) -> Anatomy:
         has_class_token=getattr(model, "cls_token", None) is not None,
         has_features=hasattr(model, "forward_features"),
         embed_dim=int(model.num_features if hasattr(model, "num_features") else model.feature_info.channels()[-1]),  # type: ignore[arg-type, union-attr, operator]
-        final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
+        final_norm=_final_norm(model),
     )
+
+
+def _final_norm(model: nn.Module) -> str | None:
+    norm = getattr(model, "norm", None)
+    # Large HaloNets have a convolution there, which is a layer like others.
+    return "norm" if isinstance(norm, nn.Module) and all(p.ndim < 2 for p in norm.parameters()) else None
 
 
 def _is_ours(attn: nn.Module) -> bool:

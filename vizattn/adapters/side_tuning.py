@@ -106,6 +106,18 @@ class MixedFeatures(nn.Module):
         last = self.mix_into(model, out[0], x, self.channels_last)
         return last, [self._mix_level(model, level, x) for level in out[1]]
 
+    def adjust_wrapper(self, wrapper: Any, edits: Edits) -> None:
+        """Nothing to adjust.
+
+        Raises:
+            VizattnError: timm's `features_only` wrapper gives no level of the width that is mixed.
+        """
+        if self.proj.out_features not in wrapper.feature_info.channels():
+            raise VizattnError(
+                f"Cannot attach 'side_tuning': it mixes into the last features, of {self.proj.out_features} channels; "
+                f"this features_only model gives {wrapper.feature_info.channels()}."
+            )
+
     def _mix_level(self, model: Any, level: Any, x: Tensor) -> Any:
         if isinstance(level, tuple):  # with prefix tokens
             return (self._mix_level(model, level[0], x), *level[1:])

@@ -32,7 +32,9 @@ def _relative_logits(query: Tensor, table: Tensor, window: int, stride: int) -> 
     positions = torch.arange(query.shape[-2], device=query.device) * stride
     keys = torch.arange(window, device=query.device)
     offsets = keys - positions.unsqueeze(1) + window - 1  # of key minus query, the lowest possible being 0
-    logits = query @ table.transpose(0, 1)
+    # As one product of matrices: left to itself, torch copies a frozen table for every row of every block.
+    logits = query.reshape(-1, query.shape[-1]) @ table.transpose(0, 1)
+    logits = logits.view(list(query.shape[:-1]) + [-1])  # noqa: RUF005 (TorchScript)
     return logits.gather(-1, offsets.expand(list(logits.shape[:-1]) + [window]))  # noqa: RUF005 (TorchScript)
 
 
