@@ -99,7 +99,7 @@ def bilevel_routing_attention(
         region_column = torch.arange(W, device=query.device) // columns
         region = (region_row[:, None] * R_w + region_column).flatten()
         bias = query.new_full((B, R, R), float("-inf")).scatter(2, routed, 0.0)
-        bias = F.pad(bias.index_select(1, region).index_select(2, region), (G, 0, P, 0))[:, None]
+        bias = F.pad(bias.index_select(2, region).index_select(1, region), (G, 0, P, 0))[:, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
     q, k, v = [_split_regions(x, grid_size, region_size) for x in (q, k, v)]
