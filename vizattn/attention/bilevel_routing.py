@@ -65,7 +65,7 @@ def bilevel_routing_attention(
     attended to by every query; the queries before the map attend to every key.
 
     What is computed, by shape: attention over all tokens if every region is routed to all; the same with a mask if it
-    is routed to a third of them or more and the map is small; else keys and values of the routed regions are copied
+    is routed to 30 % of them or more and the map is small; else keys and values of the routed regions are copied
     together, for as many query regions at a time as keeps the copies bounded. Where that takes several portions, the
     copies are made again in the backward pass rather than kept.
 
@@ -94,7 +94,7 @@ def bilevel_routing_attention(
     q, k, v = query[:, :, P:], key[:, :, G:], value[:, :, G:]
     routed = route(q, k, grid_size, region_size, topk)
 
-    if 3 * topk >= R and H * W <= MAX_MASKED_TOKENS:
+    if 10 * topk >= 3 * R and H * W <= MAX_MASKED_TOKENS:
         region_row = torch.arange(H, device=query.device) // rows
         region_column = torch.arange(W, device=query.device) // columns
         region = (region_row[:, None] * R_w + region_column).flatten()
