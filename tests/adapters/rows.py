@@ -56,7 +56,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
     "vit_attentions": ("vit_va_nano_patch4_32", {**_MIXED, "patch_size": 4, "embed_dim": 32, "num_heads": 2}),
     "deit_agent": ("deit_agent_nano_patch4_32", {"patch_size": 8, "depth": 4, "embed_dim": 48}),
-    "biformer": ("biformer_nano", {"embed_dims": (16, 32), "depths": (1, 1), "topk": (2,), "n_win": 4, "head_dim": 8}),
+    "biformer": ("biformer_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "n_win": 4, "head_dim": 8}),
     "halonet": (
         "halonet_va_nano",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "stem_dim": 16, "final_dim": 40},

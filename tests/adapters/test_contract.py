@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rows import COMBINATIONS, METHODS, MODELS, REFUSED, create, images, randomise
 
 import vizattn
-from vizattn.adapters import attached, list_adapters
+from vizattn.adapters import attached, head_from_features, list_adapters
+from vizattn.engine.task import frozen_features_each
 from vizattn.errors import VizattnError
 
 each = pytest.mark.parametrize(("method", "row"), COMBINATIONS)
@@ -138,7 +140,12 @@ def test_gradient_checkpointing(method, row):
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-COMPILED = [(m, b) for m, b in COMBINATIONS if b == "vit_va" or (m == "vpt_deep" and b in ("eva02", "beit", "swin"))]
+COMPILED_ROWS = {
+    "vpt_deep": ("eva02", "beit", "swin", "vit_attentions", "biformer"),
+    "apla": ("halonet", "efficientvit"),
+    "hst": ("vit_attentions",),
+}
+COMPILED = [(m, b) for m, b in COMBINATIONS if b == "vit_va" or b in COMPILED_ROWS.get(m, ())]
 
 
 @pytest.mark.parametrize(("method", "row"), COMPILED)
@@ -206,7 +213,28 @@ def test_identity_initialisation(method, row):
         assert torch.equal(_first(attach(method, row)(images())), _first(create(row)(images())))
 
 
-FEATURE_ROWS = ("vit_va", "vit", "swin", "efficientvit")
+CACHED = [(m, b) for m, b in COMBINATIONS if m in ("linear_probe", "efficient_probing") and b != "deit_distilled"]
+
+
+@pytest.mark.parametrize(("method", "row"), CACHED)
+def test_training_from_stored_features(method, row):
+    """Features as they lie in a file give the same bits as those just computed, in logits and gradients."""
+    model = attach(method, row)
+    randomise(model)
+    x = images(3)
+    features = frozen_features_each(model, x)
+    torch.testing.assert_close(head_from_features(model, features), model(x), rtol=1e-4, atol=1e-5)
+    model.train()
+    results = []
+    for inputs in (features, torch.from_numpy(np.ascontiguousarray(features.numpy()))):
+        model.zero_grad()
+        logits = head_from_features(model, inputs)
+        logits.pow(2).mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+FEATURE_ROWS = ("vit_va", "vit", "swin", "biformer", "efficientvit")
 
 
 @pytest.mark.parametrize(("method", "row"), [(m, b) for m, b in COMBINATIONS if b in FEATURE_ROWS])
