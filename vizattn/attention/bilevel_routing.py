@@ -109,14 +109,13 @@ def bilevel_routing_attention(
         mask = _split_regions(inside, grid_size, region_size).reshape(R, L)
     before = (key[:, :, :G], value[:, :, :G])
 
-    portions = -(-R * topk * L * max(k.shape[-1], h * e) // MAX_COPIED_NUMBERS)
-    step = -(-R // portions)
+    step = max(1, MAX_COPIED_NUMBERS // (topk * L * max(k.shape[-1], h * e)))
     outputs = []
     for start in range(0, R, step):
         arguments = (q[:, start : start + step], k, v, routed[:, start : start + step], mask, before, scale, dropout_p)
         if torch.jit.is_scripting():
             outputs.append(_attend_routed(*arguments))
-        elif portions > 1 and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        elif step < R and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             outputs.append(checkpoint(_attend_routed, *arguments, use_reentrant=False))
         else:
             outputs.append(_attend_routed(*arguments))
