@@ -4,6 +4,7 @@ from . import agent_deit  # noqa: F401  (sizes of VisionTransformer)
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
 from .halonet import HaloNet
+from .nat import NeighborhoodTransformer
 from .vit import VisionTransformer
 
-__all__ = ["BiFormer", "EfficientViT", "HaloNet", "VisionTransformer"]
+__all__ = ["BiFormer", "EfficientViT", "HaloNet", "NeighborhoodTransformer", "VisionTransformer"]

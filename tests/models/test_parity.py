@@ -12,13 +12,21 @@ from reference import load, normal_input, relative_error, weights
 import vizattn  # noqa: F401  (registers the backbones)
 
 EFFICIENTVIT = {"patch_embed": "stem", "blocks1": "stages.0", "blocks2": "stages.1", "blocks3": "stages.2"}
+NAT = {
+    "levels.0.blocks.2": "stages.0",
+    "levels.1.blocks.3": "stages.1",
+    "levels.2.blocks.5": "stages.2",
+    "levels.3.blocks.4": "stages.3",
+}
 
 #: recorded case, our name, where its modules sit in ours if they are called differently
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "agent_deit_tiny": ("deit_agent_tiny", {}),
     "biformer_tiny": ("biformer_tiny", {"downsample_layers.0": "stem"}),
+    "dinat_mini": ("dinat_mini", NAT),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
     "efficientvit_m4": ("efficientvit_va_m4", EFFICIENTVIT),
+    "nat_mini": ("nat_mini", NAT),
     "timm_efficientvit_m0": ("efficientvit_va_m0", {"patch_embed": "stem"}),
     "timm_vit_tiny_patch16_224": ("vit_va_tiny_patch16_224", {}),
 }

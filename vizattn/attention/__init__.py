@@ -24,6 +24,7 @@ from vizattn.attention.agent import AgentAttention, agent_attention
 from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
+from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
 from vizattn.errors import unknown
 
@@ -34,6 +35,7 @@ __all__ = [
     "CascadedGroupAttention",
     "HaloAttention",
     "HaloAttention2d",
+    "NeighborhoodAttention",
     "SoftmaxAttention",
     "agent_attention",
     "attention_class",
@@ -41,6 +43,9 @@ __all__ = [
     "biased_attention",
     "bilevel_routing_attention",
     "halo_attention",
+    "na1d",
+    "na2d",
+    "na3d",
     "softmax_attention",
 ]
 
@@ -48,6 +53,7 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "bilevel_routing": BilevelRoutingAttention,
     "halo": HaloAttention,
+    "neighborhood": NeighborhoodAttention,
     "softmax": SoftmaxAttention,
 }
 

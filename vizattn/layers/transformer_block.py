@@ -1,5 +1,6 @@
 """The pre-norm transformer block, with whatever attention it is given."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ class TransformerBlock(nn.Module):
         init_values: Initial layer scale, arXiv:2103.17239; None for no layer scale.
         proj_drop: Dropout rate of the MLP.
         drop_path: Chance that a sample skips the attention, and again the MLP, in training, arXiv:1603.09382.
+        norm_layer: The two normalisations, called with C.
         device: Where parameters are created.
         dtype: Type of the parameters.
     """
@@ -34,16 +36,17 @@ class TransformerBlock(nn.Module):
         init_values: float | None = None,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, **dd)
+        self.norm1 = norm_layer(dim, **dd)
         self.attn = attn
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = LayerNorm(dim, **dd)
+        self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
