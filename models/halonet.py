@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ class HaloNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type, device, mode, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, C, H, W), channels last: there the attention splits heads by views."""
@@ -243,11 +243,15 @@ class HaloNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last one taken, and as asked for the final convolution and the head."""
+        """Remove the stages after the last one taken, and as asked for the final convolution and the head.
+
+        The final convolution goes with the last stage, whose channels it needs.
+        """
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

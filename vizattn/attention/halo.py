@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,6 +121,7 @@ def _checked(block_size: int, halo_size: int, stride: int) -> int:
     return 2 * (block_size + 2 * halo_size) - 1
 
 
+@register_notrace_module  # padding depends on the size of the map
 class HaloAttention(nn.Module):
     """Halo attention on tokens.
 
@@ -225,6 +227,7 @@ class HaloAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
 
+@register_notrace_module  # padding depends on the size of the map
 class HaloAttention2d(nn.Module):
     """Halo attention on a map, without an output projection; values may be wider than queries and keys.
 
