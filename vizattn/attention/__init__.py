@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vizattn.attention.agent import AgentAttention, agent_attention
+from vizattn.attention.agent import AgentAttention, agent_attention, agent_weights
 from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
@@ -38,6 +38,7 @@ __all__ = [
     "NeighborhoodAttention",
     "SoftmaxAttention",
     "agent_attention",
+    "agent_weights",
     "attention_class",
     "attention_weights",
     "biased_attention",

@@ -9,20 +9,51 @@ d channels a head, C = h * d, A agents.
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.layers import (
     register_notrace_module,  # type: ignore[attr-defined]
     trunc_normal_,
-    use_fused_attn,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.errors import VizattnError
 
-__all__ = ["AgentAttention", "agent_attention", "resize_agent_tables"]
+__all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
+
+
+def agent_weights(
+    query: Tensor,
+    key: Tensor,
+    agents: Tensor,
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both attention maps: of agents over keys, and of queries over agents.
+
+    The products are explicit: with few agents the maps are small, and a learnt bias would keep torch's fused kernels
+    for the CPU away in training. The second map is held by agents, so that its softmax runs along the many queries.
+
+    Args:
+        query: (B, h, N, d).
+        key: (B, h, M, d).
+        agents: (B, h, A, d).
+        key_bias: Added to the scores of agents and keys, (B or 1, h or 1, A, M).
+        query_bias: Added to the scores of agents and queries, (B or 1, h or 1, A, N).
+
+    Returns:
+        softmax(agents key^T / sqrt(d) + key_bias) over the keys, (B, h, A, M), and
+        softmax(agents query^T / sqrt(d) + query_bias) over the agents, (B, h, A, N).
+    """
+    agents = agents * query.shape[-1] ** -0.5
+    key_scores, query_scores = agents @ key.transpose(-2, -1), agents @ query.transpose(-2, -1)
+    if key_bias is not None:
+        key_scores = key_scores + key_bias
+    if query_bias is not None:
+        query_scores = query_scores + query_bias
+    return key_scores.softmax(dim=-1), query_scores.softmax(dim=-2)
 
 
 def agent_attention(
@@ -30,26 +61,28 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    agent_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(query agents^T / sqrt(d) + query_bias) softmax(agents key^T / sqrt(d) + agent_bias) value.
+    """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
     Args:
         query: (B, h, N, d).
         key: (B, h, M, d).
-        value: (B, h, M, d).
+        value: (B, h, M, e).
         agents: (B, h, A, d).
-        agent_bias: Added to the scores of agents and keys, (B or 1, h or 1, A, M).
-        query_bias: Added to the scores of queries and agents, (B or 1, h or 1, N, A).
-        dropout_p: Share of the weights set to zero, in both softmaxes.
+        key_bias: (B or 1, h or 1, A, M).
+        query_bias: (B or 1, h or 1, A, N).
+        dropout_p: Share of the weights of either map set to zero.
 
     Returns:
-        (B, h, N, d).
+        (B, h, N, e).
     """
-    collected = F.scaled_dot_product_attention(agents, key, value, agent_bias, dropout_p)
-    return F.scaled_dot_product_attention(query, agents, collected, query_bias, dropout_p)
+    over_keys, over_agents = agent_weights(query, key, agents, key_bias, query_bias)
+    if dropout_p > 0:
+        over_keys, over_agents = F.dropout(over_keys, dropout_p), F.dropout(over_agents, dropout_p)
+    return over_agents.transpose(-2, -1) @ (over_keys @ value)
 
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:
@@ -82,8 +115,6 @@ class AgentAttention(nn.Module):
         VizattnError: `num_heads` does not divide `dim`, `num_agents` is not a square, or `grid_size` is missing.
     """
 
-    fused_attn: Final[bool]
-
     def __init__(
         self,
         dim: int,
@@ -109,10 +140,8 @@ class AgentAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = math.isqrt(num_agents)
-        self.fused_attn = use_fused_attn()
 
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
@@ -160,20 +189,18 @@ class AgentAttention(nn.Module):
                 setattr(self, name, nn.Parameter(table, requires_grad=getattr(self, name).requires_grad))
 
     def _biases(self, H: int, W: int, P: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The biases of agents and keys (1, h, A, M), and of queries and agents (1, h, N, A)."""
+        """The biases of keys (1, h, A, M) and queries (1, h, A, N)."""
         an = _resize(self.an_bias, H, W) + _resize(self.ah_bias[0], H, 1) + _resize(self.aw_bias[0], 1, W)
-        na = _resize(self.na_bias, H, W)
-        na = (
-            na + _resize(self.ha_bias[0].permute(0, 3, 1, 2), H, 1) + _resize(self.wa_bias[0].permute(0, 3, 1, 2), 1, W)
-        )
-        an, na = an.flatten(2)[None], na.flatten(2).transpose(1, 2)[None]
+        ha, wa = self.ha_bias[0].permute(0, 3, 1, 2), self.wa_bias[0].permute(0, 3, 1, 2)
+        na = _resize(self.na_bias, H, W) + _resize(ha, H, 1) + _resize(wa, 1, W)
+        an, na = an.flatten(2)[None], na.flatten(2)[None]
         if self.ac_bias is not None and self.ca_bias is not None:
-            an, na = torch.cat([self.ac_bias, an], dim=3), torch.cat([self.ca_bias, na], dim=2)
+            an, na = torch.cat([self.ac_bias, an], dim=3), torch.cat([self.ca_bias.transpose(2, 3), na], dim=3)
         foreign = P - self.num_prefix_tokens  # prefix tokens of an adapter, in front (negative: native ones left out)
         if foreign + E != 0:
             an = F.pad(an, (foreign + E, 0))
         if foreign != 0:
-            na = F.pad(na, (0, 0, foreign, 0))
+            na = F.pad(na, (foreign, 0))
         return an.to(dtype), na.to(dtype)
 
     def forward(
@@ -200,15 +227,9 @@ class AgentAttention(nn.Module):
             E = extra_kv[0].shape[2]
             key = torch.cat([extra_kv[0].to(key.dtype).expand(B, -1, -1, -1), key], dim=2)
             value = torch.cat([extra_kv[1].to(value.dtype).expand(B, -1, -1, -1), value], dim=2)
-        agent_bias, query_bias = self._biases(H, W, P, E, query.dtype)
-        if self.fused_attn:
-            dropout_p = self.attn_drop.p if self.training else 0.0
-            x = agent_attention(query, key, value, agents, agent_bias, query_bias, dropout_p)
-        else:  # both maps pass through a module, where hooks can read them
-            weights = (agents * self.scale @ key.transpose(-2, -1) + agent_bias).softmax(dim=-1)
-            collected = self.attn_drop(weights) @ value
-            weights = (query * self.scale @ agents.transpose(-2, -1) + query_bias).softmax(dim=-1)
-            x = self.attn_drop(weights) @ collected
+        over_keys, over_agents = agent_weights(query, key, agents, *self._biases(H, W, P, E, query.dtype))
+        # Both maps pass through a module, where hooks can read them.
+        x = self.attn_drop(over_agents).transpose(-2, -1) @ (self.attn_drop(over_keys) @ value)
         x = x.transpose(1, 2).reshape(B, N, C)
         x = x + (F.pad(local, (0, 0, P, 0)) if P > 0 else local)
         return self.proj_drop(self.proj(x))
