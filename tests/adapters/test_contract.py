@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from rows import COMBINATIONS, METHODS, MODELS, REFUSED, create, images, randomise
 
@@ -256,6 +257,20 @@ def test_features_only(method, row):
     vizattn.detach(model)
     plain = create(row, num_classes=0, features_only=True)
     assert all(torch.equal(a, b) for a, b in zip(model(images()), plain(images())))
+
+
+OURS = [row for row, (name, _) in MODELS.items() if timm.model_entrypoint(name).__module__.startswith("vizattn")]
+
+
+@pytest.mark.parametrize("row", OURS)
+def test_a_full_bundle_makes_the_model(row, tmp_path):
+    """Every argument, the pooling and the moving statistics are in it."""
+    model = attach("full", row)
+    model.reset_classifier(4, "max")
+    randomise(model)
+    again = vizattn.adapters.create_from_bundle(vizattn.save_adapter(model, tmp_path / "bundle"))
+    with torch.no_grad():
+        assert torch.equal(again(images()), model(images()))
 
 
 LOADER = """

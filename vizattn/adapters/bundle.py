@@ -135,8 +135,9 @@ def save_adapter(
 def _backbone(model: Any, features_only: bool) -> dict[str, Any]:
     cfg = model.pretrained_cfg
     args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
-    if isinstance(getattr(model, "global_pool", None), str):
-        args["global_pool"] = model.global_pool
+    pool = _pooling(model)
+    if pool is not None:
+        args["global_pool"] = pool
     return {
         "name": cfg["architecture"],
         "tag": cfg.get("tag") or None,
@@ -147,7 +148,17 @@ def _backbone(model: Any, features_only: bool) -> dict[str, Any]:
     }
 
 
+def _pooling(model: Any) -> str | None:
+    """The pooling by name, of models that say it themselves or have one of timm's heads."""
+    said = getattr(model, "global_pool", None)
+    pool = said if isinstance(said, str) else getattr(getattr(model, "head", None), "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
+    return pool if isinstance(pool, str) else None
+
+
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, float, str))
@@ -275,8 +286,8 @@ def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
             f"{folder} was saved from a {wanted['dtype']} model, this one is {dtype}: load it onto {wanted['dtype']}, "
             f"convert the model afterwards."
         )
-    pool = getattr(model, "global_pool", None)
-    if isinstance(pool, str) and pool != wanted["args"].get("global_pool", pool):
+    pool = _pooling(model)
+    if pool is not None and pool != wanted["args"].get("global_pool", pool):
         wanted_pool = wanted["args"]["global_pool"]
         raise VizattnError(
             f"{folder} was trained with global_pool={wanted_pool!r}, this model has {pool!r}: create it with "
