@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from vizattn.errors import VizattnError
+from vizattn.weights import fetch, release_of
+
+from ._adapted import adaptations
 
 __all__ = ["build", "glyphs_cfg", "imagenet_cfg"]
 
 Model = TypeVar("Model", bound=nn.Module)
+logger = logging.getLogger("vizattn")
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -57,7 +64,9 @@ def build(
     feature_cfg: dict[str, Any],
     **kwargs: Any,
 ) -> Model:
-    """timm's `build_model_with_cfg`, with one clear message where weights cannot be had.
+    """timm's `build_model_with_cfg`, with released weights from our cache and one clear message where there are none.
+
+    What is dropped, resized or newly initialised, as the model differs from the weights', is logged.
 
     Args:
         model_class: The family's class.
@@ -68,16 +77,52 @@ def build(
         **kwargs: Arguments of the class, and timm's own.
 
     Raises:
-        VizattnError: The weights cannot be loaded.
+        VizattnError: The weights cannot be had or do not fit.
     """
-    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     if "out_indices" in kwargs:
         feature_cfg = {**feature_cfg, "out_indices": kwargs.pop("out_indices")}
+    own = cfg.file or cfg.state_dict or cfg.source in ("hf-hub", "local-dir")
+    release = release_of(cfg) if pretrained and not own else None
+    if release:
+        overlay["file"] = str(fetch(release))
+    headless = bool(kwargs.get("features_only"))
+
+    def fit(checkpoint: dict[str, Any], model: nn.Module) -> Any:
+        fitted = filter_fn(checkpoint, model)
+        if changes := adaptations(checkpoint, fitted, model, cfg, headless):
+            logger.info("The weights of %s are adapted: %s.", name, "; ".join(changes))
+        return fitted
+
     try:
-        return build_model_with_cfg(
-            model_class, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
+        model = build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=fit,
+            feature_cfg=feature_cfg,
+            **kwargs,
         )
-    except OSError as error:  # no such file, no network
+    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if not pretrained or (isinstance(error, RuntimeError) and not str(error).startswith(_LOADING)):
+            raise
         hub = f"the Hugging Face hub ({cfg.hf_hub_id})" if cfg.hf_hub_id else cfg.url
-        reason = str(error) or "There is no such file."
+        reason = " ".join(str(error).split()) or "There is no such file."
         raise VizattnError(f"The weights of {name!r} could not be loaded from {cfg.file or hub}. {reason}") from error
+    if release:
+        _forget(model, overlay["file"])
+    return model
+
+
+# How the messages begin by which torch and timm refuse a file, a damaged archive, and weights that do not fit.
+_LOADING = ("weights_only=True blocked", "PytorchStreamReader", "Error(s) in loading state_dict", "Invalid magic")
+
+
+def _forget(model: nn.Module, file: str) -> None:
+    """Take the place in our cache out of the cfg, which is saved and published with the model."""
+    for part in model.modules():
+        cfg = getattr(part, "pretrained_cfg", None)
+        if isinstance(cfg, dict) and cfg.get("file") == file:
+            del cfg["file"]

@@ -18,7 +18,7 @@ ALLOWED = {
     "fuse": {"adapters", "layers"},  # refuses models with adapters
     "layers": set(),
     "attention": {"layers"},
-    "models": {"attention", "layers"},
+    "models": {"attention", "layers", "weights"},
     "heads": {"attention", "layers"},
     "adapters": {"attention", "layers"},
     "weights": {"attention", "layers"},

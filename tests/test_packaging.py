@@ -34,7 +34,7 @@ def test_weights_are_package_data_and_small() -> None:
     packed = list((ROOT / "vizattn" / "weights").glob("*.safetensors"))
     assert packed, "the pretrained backbone is missing"
     assert all(path.stat().st_size <= 2_500_000 for path in packed)
-    assert '"vizattn.weights" = ["*.safetensors"]' in PYPROJECT
+    assert '"vizattn.weights" = ["*.safetensors", "*.json"]' in PYPROJECT
 
 
 def test_version_is_stated_once() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vizattn.engine import files, train
+from vizattn import files
+from vizattn.engine import train
 
 
 def die() -> None:

@@ -23,11 +23,10 @@ import torch
 from vizattn.adapters import query_maps
 from vizattn.data import build_dataset, build_transforms
 from vizattn.engine.evaluate import load_trained
-from vizattn.engine.files import explain_disk_errors, prepare_folder
 from vizattn.engine.report import figure_html, image_html, paragraph, table_html, write_page
 from vizattn.engine.train import Result, train, versions
 from vizattn.errors import VizattnError
-from vizattn.files import replacing, write_text
+from vizattn.files import explain_disk_errors, prepare_folder, replacing, write_text
 
 __all__ = ["METHODS", "Row", "check_bundles", "run_demo", "table_rows", "write_results"]
 

@@ -36,7 +36,6 @@ from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.evaluate import export, measure
 from vizattn.engine.features import cache_folder, cached_features, feature_key
-from vizattn.engine.files import explain_disk_errors, prepare_folder
 from vizattn.engine.hooks import CheckpointHook, JsonLinesHook, LossGuardHook, SeedHook
 from vizattn.engine.loggers import visualizer_config
 from vizattn.engine.memory import PeakMemory

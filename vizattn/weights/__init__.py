@@ -1,1 +1,25 @@
+"""Released weights: fetched, checked, read safely, converted to our keys, and kept. See `store.fetch`."""
 
+from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
+from vizattn.weights.place import cache_folder, cached_file
+from vizattn.weights.reading import read_weights
+from vizattn.weights.store import Release, fetch, find, release_names, release_of
+from vizattn.weights.trust import lock_file, manifest, trusted
+
+__all__ = [
+    "Release",
+    "cache_folder",
+    "cached_file",
+    "converted",
+    "fetch",
+    "find",
+    "lock_file",
+    "manifest",
+    "metadata_of",
+    "read_weights",
+    "release_names",
+    "release_of",
+    "save_converted",
+    "tensors_digest",
+    "trusted",
+]

@@ -1,0 +1,99 @@
+"""Released weights under our keys, in a safetensors file that says where they come from."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg, model_entrypoint
+from torch import Tensor, nn
+
+from vizattn.errors import VizattnError
+from vizattn.files import replacing
+
+__all__ = ["FORMAT_VERSION", "converted", "metadata_of", "save_converted", "tensors_digest"]
+
+FORMAT_VERSION = 1
+"""Rises when a family's keys change: what older versions converted is then fetched anew."""
+
+
+def _native_model(cfg: PretrainedCfg) -> nn.Module:
+    """The model that `cfg`'s weights were trained for, at their size, on the meta device: shapes without values."""
+    create = model_entrypoint(str(cfg.architecture))
+    with torch.device("meta"):
+        model = create(pretrained=False, pretrained_cfg=cfg)
+        if "img_size" in inspect.signature(type(model)).parameters:
+            model = create(pretrained=False, pretrained_cfg=cfg, img_size=cfg.input_size[-2:])
+    return model
+
+
+def converted(checkpoint: dict[str, Any], cfg: PretrainedCfg) -> dict[str, Tensor]:
+    """A checkpoint of a release as weights of our model, complete and in its shapes.
+
+    Raises:
+        VizattnError: It is of another model; what differs is named.
+    """
+    model = _native_model(cfg)
+    filter_fn = sys.modules[model_entrypoint(str(cfg.architecture)).__module__].checkpoint_filter_fn
+    try:
+        state: dict[str, Tensor] = filter_fn(checkpoint, model)
+    except VizattnError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:  # not a state dict
+        raise VizattnError(
+            f"This is no checkpoint of {cfg.architecture}: {type(error).__name__}: {error}. "
+            f"It has {', '.join(map(str, [*checkpoint][:3])) or 'nothing'}{', ...' if len(checkpoint) > 3 else ''}."
+        ) from error
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip().rstrip(".") for line in str(error).splitlines()[1:])
+        raise VizattnError(f"The weights do not fit {cfg.architecture}: {reasons}.") from error
+    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+def tensors_digest(state: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_converted(state: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write the file whole, with `metadata`, the format version and a digest of the tensors.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    notes = {"format": "pt", "format_version": str(FORMAT_VERSION), "tensors_sha256": tensors_digest(state), **metadata}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        try:
+            save_file(state, temporary, metadata=notes)
+        except SafetensorError as error:  # tells the disk's errors in words
+            code = errno.ENOSPC if "space" in str(error) else errno.EIO
+            raise OSError(code, str(error), str(path)) from error
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """What `save_converted` noted; None where the file is missing, damaged, or of another format version."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return notes if notes.get("format_version") == str(FORMAT_VERSION) else None

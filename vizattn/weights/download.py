@@ -1,0 +1,292 @@
+"""Download a file over HTTP: retried, resumed, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+from vizattn.errors import VizattnError
+from vizattn.files import write_text
+from vizattn.version import __version__
+from vizattn.weights.progress import shown
+from vizattn.weights.reading import check_is_weights
+from vizattn.weights.trust import Trusted
+
+__all__ = ["PATIENCE", "Patience", "download", "sha256_of"]
+
+logger = logging.getLogger("vizattn")
+
+CHUNK = 1 << 18
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on trying."""
+
+    attempts: int = 5
+    """In a row without a megabyte received."""
+    pause: float = 1.0
+    """Seconds before the second attempt; doubled before each further one."""
+    longest: float = 60.0
+    """Seconds that a server may ask us to wait."""
+    timeout: float = 30.0
+    """Seconds without an answer or a byte."""
+    slowest: float = 100.0
+    """Bytes a second below which a server counts as stalled."""
+
+
+PATIENCE = Patience()
+
+
+class _Later(Exception):
+    """Worth another attempt, after `pause` seconds where the server says so."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _Never(Exception):
+    """No use trying this address again."""
+
+
+def download(
+    urls: Sequence[str], target: Path, trusted: Trusted, title: str, patience: Patience | None = None
+) -> tuple[str, str]:
+    """Download `target` from the first of `urls` that has it; what an interrupted call left is used.
+
+    Args:
+        urls: Addresses of the same file, in the order to try.
+        target: Where it goes. ``.part`` beside it holds what has arrived, ``.part.json`` which version that is.
+        trusted: The size and hash the file must have.
+        title: What the progress bar says.
+        patience: How long to try.
+
+    Returns:
+        The address and the file's SHA-256.
+
+    Raises:
+        VizattnError: No address gave the file; it says why, for each.
+        OSError: It cannot be written.
+    """
+    reasons = []
+    for url in urls:
+        try:
+            with shown(title) as show:
+                return url, _Download(url, target, trusted, patience or PATIENCE, show).run()
+        except _Never as error:
+            reasons.append(f"{url}: {error}.")
+            if url != urls[-1]:
+                logger.warning("%s Trying %s instead.", reasons[-1], urls[-1])
+    raise VizattnError(" ".join(reasons))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Download:
+    """One address, tried until the file is there or there is no use."""
+
+    def __init__(
+        self, url: str, target: Path, trusted: Trusted, patience: Patience, show: Callable[[int, int | None], None]
+    ) -> None:
+        self.url, self.target, self.trusted, self.patience, self.show = url, target, trusted, patience, show
+        self.part = target.with_name(f"{target.name}.part")
+        self.note = target.with_name(f"{target.name}.part.json")
+        self.resumed = False
+
+    def run(self) -> str:
+        import requests
+
+        with requests.Session() as session:
+            session.max_redirects = 10
+            session.headers.update({"User-Agent": f"vizattn/{__version__}", "Accept-Encoding": "identity"})
+            try:
+                return self._persist(session)
+            except KeyboardInterrupt:
+                kept = self._resumable()[0]
+                then = f"{kept / 1e6:.1f} MB are kept, the next call goes on there" if kept else "nothing is kept"
+                logger.warning("Stopped fetching %s; %s.", self.url, then)
+                raise
+
+    def _persist(self, session: Any) -> str:
+        failures = 0
+        while True:
+            before = self._arrived()
+            try:
+                self._receive(session)
+                return self._finish()
+            except _Later as error:
+                failures = 1 if self._arrived() - before >= 1_000_000 else failures + 1
+                if failures >= self.patience.attempts:
+                    raise _Never(f"{error}, {failures} times in a row") from error
+                pause = self.patience.pause * 2 ** (failures - 1) if error.pause is None else error.pause
+                if pause > self.patience.longest:
+                    raise _Never(f"{error}; the server asks to come back in {pause:.0f} s") from error
+                logger.warning("%s: %s. Trying again in %.0f s.", self.url, error, pause)
+                time.sleep(pause)
+
+    def _receive(self, session: Any) -> None:
+        """One request: append to the part, or begin it anew."""
+        import requests
+        from urllib3.exceptions import HTTPError
+
+        offset, validator = self._resumable()
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if offset and validator:
+            headers["If-Range"] = validator
+        try:
+            with session.get(self.url, headers=headers, stream=True, timeout=self.patience.timeout) as response:
+                offset = self._accept(response, offset)
+                if offset is not None:
+                    self._append(response, offset)
+        except requests.TooManyRedirects as error:
+            raise _Never("it redirects in a loop") from error
+        except requests.exceptions.SSLError as error:
+            raise _Never(f"its certificate is not accepted ({_last(error)})") from error
+        except requests.Timeout as error:
+            raise _Later(f"no answer within {self.patience.timeout:g} s") from error
+        except (requests.RequestException, HTTPError) as error:
+            if isinstance(error, ValueError):  # InvalidURL, MissingSchema and their like
+                raise _Never(f"this is no address to download from ({_last(error)})") from error
+            raise _Later(f"the connection failed ({_last(error)})") from error
+
+    def _accept(self, response: Any, offset: int) -> int | None:
+        """Where the body belongs in the part; None if the part is whole already."""
+        status, headers = response.status_code, response.headers
+        if self.url.startswith("https:") and not response.url.startswith("https:"):
+            raise _Never(f"it redirects to an address without encryption, {response.url}")
+        if status == 416 and offset:
+            if headers.get("Content-Range") == f"bytes */{offset}":
+                return None
+            self._discard()
+            raise _Later("the file has changed", pause=0)
+        if status in _BUSY:
+            raise _Later(f"the server answers {status} {response.reason}", _retry_after(headers.get("Retry-After")))
+        if status not in (200, 206):
+            hint = {401: ", it wants a login", 403: ", it gives no permission", 404: ", there is no such file"}
+            raise _Never(f"the server answers {status} {response.reason}{hint.get(status, '')}")
+        if headers.get("Content-Type", "").startswith("text/html"):
+            raise _Never("the server sent a web page instead of a file: a login, or a share that is gone")
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise _Never(f"the server sent it compressed by {headers['Content-Encoding']}, which was not asked for")
+        if status == 200:
+            return 0
+        start = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+        if start != str(offset):
+            self._discard()
+            raise _Later(f"the server sent another part than asked for ({headers.get('Content-Range')})", pause=0)
+        return offset
+
+    def _append(self, response: Any, offset: int) -> None:
+        length = response.headers.get("Content-Length", "")
+        total = offset + int(length) if length.isdigit() else None
+        if total is not None and self.trusted.size not in (None, total):
+            raise _Never(f"the file has {total} bytes instead of {self.trusted.size}, says {self.trusted.according_to}")
+        if total is not None and shutil.disk_usage(self.part.parent).free < total - offset:
+            raise OSError(ENOSPC, f"No space left on device for {total - offset:,} bytes", str(self.part))
+        if not offset:
+            self._remember(response.headers)
+        self.resumed = offset > 0
+        read = getattr(response.raw, "read1", response.raw.read)  # as it comes: a trickle must not look like silence
+        done, mark, since = offset, offset, time.monotonic()
+        with open(self.part, "r+b" if offset else "wb") as file:
+            file.seek(offset)
+            while chunk := read(CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                self.show(done, total)
+                if (passed := time.monotonic() - since) > self.patience.timeout:
+                    if (done - mark) / passed < self.patience.slowest:
+                        raise _Later(f"the server sends less than {self.patience.slowest:g} bytes a second")
+                    mark, since = done, time.monotonic()
+        if total is not None and done < total:
+            raise _Later(f"the connection ended after {done} of {total} bytes")
+
+    def _finish(self) -> str:
+        """Check the part and give it its name."""
+        size, sha256 = self._arrived(), sha256_of(self.part)
+        try:
+            check_is_weights(self.part)
+        except VizattnError as error:
+            self._discard()
+            raise _Never(str(error).replace(self.part.name, "what the server sent").rstrip(".")) from error
+        if sha256 != (self.trusted.sha256 or sha256) or size != (self.trusted.size or size):
+            self._discard()
+            if self.resumed:  # the beginning may have been of another version
+                raise _Later("the parts do not fit together", pause=0)
+            raise _Never(
+                f"the file is not the right one: {size} bytes with SHA-256 {sha256}, but {self.trusted.according_to} "
+                f"says {self.trusted.size or size} bytes with SHA-256 {self.trusted.sha256 or 'unknown'}"
+            )
+        os.replace(self.part, self.target)
+        self._discard()
+        return sha256
+
+    def _arrived(self) -> int:
+        return self.part.stat().st_size if self.part.is_file() else 0
+
+    def _resumable(self) -> tuple[int, str | None]:
+        """Bytes of the part to keep, and the validator of their version.
+
+        With a known hash the bytes may be of any address: the end shows whether they were right.
+        """
+        note: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+        validator = note.get("validator") if note.get("url") == self.url else None
+        return (self._arrived() if validator or self.trusted.sha256 else 0), validator
+
+    def _remember(self, headers: Any) -> None:
+        etag = headers.get("ETag", "")
+        strong = etag if etag.startswith('"') else None  # If-Range takes no weak ones
+        validator = strong or headers.get("Last-Modified")
+        self.part.unlink(missing_ok=True)
+        write_text(self.note, json.dumps({"url": self.url, "validator": validator}))
+
+    def _discard(self) -> None:
+        for path in (self.part, self.note):
+            path.unlink(missing_ok=True)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds, from a number or a date; None if there is neither."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+def _last(error: BaseException) -> str:
+    """The innermost reason: requests wraps urllib3, which wraps the socket."""
+    reason: Any = error
+    while inner := getattr(reason, "reason", None) or next((a for a in reason.args if isinstance(a, Exception)), None):
+        if not isinstance(inner, Exception):
+            break
+        reason = inner
+    return str(reason).rpartition(">: ")[2].rstrip(".") or type(reason).__name__

@@ -1,0 +1,50 @@
+"""Where fetched weights are kept, and the lock that lets one process at a time fetch a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["cache_folder", "cached_file", "locked"]
+
+logger = logging.getLogger("vizattn")
+
+
+def cache_folder() -> Path:
+    """``$VIZATTN_HOME/weights``, by default ``vizattn`` in torch.hub's cache; it need not exist."""
+    if home := os.environ.get("VIZATTN_HOME"):
+        return Path(home).expanduser() / "weights"
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "vizattn"
+
+
+def cached_file(key: str) -> Path:
+    """Where the converted weights `key` are or would be."""
+    return cache_folder() / f"{key}.safetensors"
+
+
+@contextmanager
+def locked(key: str) -> Iterator[None]:
+    """Hold the lock `key`, waiting with a message while another process has it; a process that dies lets go.
+
+    Raises:
+        OSError: The cache folder cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("Another process is at %s; waiting for it.", key)
+        lock.acquire(poll_interval=0.1)
+    try:
+        yield
+    finally:
+        lock.release()
