@@ -57,6 +57,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_attentions": ("vit_va_nano_patch4_32", {**_MIXED, "patch_size": 4, "embed_dim": 32, "num_heads": 2}),
     "deit_agent": ("deit_agent_nano_patch4_32", {"patch_size": 8, "depth": 4, "embed_dim": 48}),
     "biformer": ("biformer_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "n_win": 4, "head_dim": 8}),
+    "nat": (
+        "nat_nano",
+        {"embed_dim": 16, "depths": (2, 1, 1), "num_heads": (2, 2, 2), "kernel_size": 3, "dilations": (2, 1, 1)},
+    ),
     "halonet": (
         "halonet_va_nano",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "stem_dim": 16, "final_dim": 40},
@@ -64,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
 
-PYRAMIDS = {"swin", "swinv2", "biformer", "halonet", "efficientvit"}
+PYRAMIDS = {"swin", "swinv2", "nat", "biformer", "halonet", "efficientvit"}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {
