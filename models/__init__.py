@@ -1,10 +1,11 @@
 """The backbones, one family a file. Importing this package registers them all into timm."""
 
 from . import agent_deit  # noqa: F401  (sizes of VisionTransformer)
+from .agent_pvt import AgentPVT
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
 from .halonet import HaloNet
 from .nat import NeighborhoodTransformer
 from .vit import VisionTransformer
 
-__all__ = ["BiFormer", "EfficientViT", "HaloNet", "NeighborhoodTransformer", "VisionTransformer"]
+__all__ = ["AgentPVT", "BiFormer", "EfficientViT", "HaloNet", "NeighborhoodTransformer", "VisionTransformer"]

@@ -30,6 +30,12 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "agent_deit": Family("deit_agent_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4)),
+    "agent_pvt": Family(
+        "agent_pvt_tiny",
+        {"img_size": 32, "patch_size": 2, "embed_dims": (16, 32, 48), "depths": (1, 2, 1)}
+        | {"num_heads": (1, 2, 3), "mlp_ratios": (4, 4, 2), "num_agents": (4, 9, 9), "out_indices": (0, 1, 2)},
+        strides=(2, 4, 8),
+    ),
     "biformer": Family("biformer_nano", {"depths": (2, 1, 1)}, strides=(2, 4, 8)),
     "efficientvit": Family("efficientvit_va_nano", {"depths": (1, 1, 1)}, strides=(2, 4, 8)),
     "halonet": Family("halonet_va_nano", {"depths": (1, 2, 1)}, strides=(2, 4, 8)),

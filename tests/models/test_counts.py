@@ -12,6 +12,10 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     "deit_agent_tiny": (6.0, 1.17),
     "deit_agent_small": (22.7, 4.4),
     "deit_agent_base": (87.2, 17.5),
+    "agent_pvt_tiny": (11.57, 1.99),
+    "agent_pvt_small": (20.64, 3.96),
+    "agent_pvt_medium": (35.92, 7.00),
+    "agent_pvt_large": (48.74, 10.34),
     # arXiv:2303.08810, table 2 and section 4.4, with the digits of the release
     "biformer_tiny": (13.14, 2.2),
     "biformer_small": (25.54, 4.46),

@@ -22,6 +22,11 @@ NAT = {
 #: recorded case, our name, where its modules sit in ours if they are called differently
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "agent_deit_tiny": ("deit_agent_tiny", {}),
+    "agent_pvt_tiny": (
+        "agent_pvt_tiny",
+        {f"patch_embed{i + 1}": f"stages.{i}.patch_embed" for i in range(4)}
+        | {f"block{i + 1}.1": f"stages.{i}.blocks.1" for i in range(4)},
+    ),
     "biformer_tiny": ("biformer_tiny", {"downsample_layers.0": "stem"}),
     "dinat_mini": ("dinat_mini", NAT),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
