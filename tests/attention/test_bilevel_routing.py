@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vizattn import VizattnError
-from vizattn.attention import BilevelRoutingAttention, bilevel_routing
+from vizattn.attention import BilevelRoutingAttention
 from vizattn.attention.bilevel_routing import bilevel_routing_attention, route
 
 
@@ -103,10 +103,8 @@ def test_function_equals_the_definition(
     ]
     shape = ((H, W), (rows, columns), topk)
     expected = naive(*inputs, *shape, 0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bilevel_routing, "MAX_MASKED_TOKENS", 10**9 if masked else 0)
-        patch.setattr(bilevel_routing, "MAX_COPIED_NUMBERS", portion)
-        assert_same(bilevel_routing_attention(*inputs, *shape, scale=0.3), expected, inputs)
+    limits = {"max_masked": 10**9 if masked else 0, "max_copied": portion}
+    assert_same(bilevel_routing_attention(*inputs, *shape, scale=0.3, **limits), expected, inputs)
 
 
 @settings(max_examples=10, deadline=None)
@@ -185,9 +183,8 @@ def test_copies_are_bounded() -> None:
 
     inputs = [torch.randn(1, 2, 42 * 42, 8, requires_grad=True) for _ in range(3)]
     tokens = 42 * 42 * 16
-    with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr(bilevel_routing, "MAX_COPIED_NUMBERS", 2 * tokens)
-        bilevel_routing_attention(*inputs, (42, 42), (6, 6), 16).sum().backward()
+    with Watch():
+        bilevel_routing_attention(*inputs, (42, 42), (6, 6), 16, max_masked=0, max_copied=2 * tokens).sum().backward()
     assert largest <= 2 * tokens
 
 
