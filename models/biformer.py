@@ -192,7 +192,8 @@ class BiFormer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        VizattnError: Lists of lengths that do not fit each other, or another `stem_stride`.
+        VizattnError: Lists of lengths that do not fit each other, another `stem_stride`, or heads that do not divide the
+            channels.
     """
 
     def __init__(
@@ -255,9 +256,10 @@ class BiFormer(nn.Module):
             for j in range(depth):
                 attn: nn.Module
                 if i < len(depths) - 1:
-                    heads = dim // head_dim
+                    if dim % head_dim:
+                        raise VizattnError(f"head_dim {head_dim} does not divide the {dim} channels of stage {i}.")
                     attn = BilevelRoutingAttention(
-                        dim, heads, topk=topk[i], n_win=n_win, region_size=region_size, **drops, **dd
+                        dim, dim // head_dim, topk=topk[i], n_win=n_win, region_size=region_size, **drops, **dd
                     )
                 else:
                     attn = LePEAttention(dim, last_heads, **drops, **dd)
