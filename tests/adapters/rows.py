@@ -61,6 +61,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "nat_nano",
         {"embed_dim": 16, "depths": (2, 1, 1), "num_heads": (2, 2, 2), "kernel_size": 3, "dilations": (2, 1, 1)},
     ),
+    "agent_pvt": (
+        "agent_pvt_tiny",
+        {
+            "img_size": 32,
+            "embed_dims": (16, 24, 32),
+            "depths": (1, 1, 1),
+            "num_heads": (1, 2, 2),
+            "num_agents": (4, 4, 4),
+            "mlp_ratios": (2, 2, 2),
+        },
+    ),
     "halonet": (
         "halonet_va_nano",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "stem_dim": 16, "final_dim": 40},
@@ -68,7 +79,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
 
-PYRAMIDS = {"swin", "swinv2", "nat", "biformer", "halonet", "efficientvit"}
+PYRAMIDS = {"swin", "swinv2", "nat", "agent_pvt", "biformer", "halonet", "efficientvit"}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {
