@@ -47,7 +47,7 @@ from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import ClassificationTask, Source
 from vizattn.errors import VizattnError
-from vizattn.files import write_text
+from vizattn.files import explain_disk_errors, prepare_folder, write_text
 
 __all__ = ["Result", "train", "versions"]
 

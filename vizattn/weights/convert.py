@@ -64,7 +64,7 @@ def tensors_digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         value = state[key]
         digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -159,9 +159,9 @@ class _Download:
             headers["If-Range"] = validator
         try:
             with session.get(self.url, headers=headers, stream=True, timeout=self.patience.timeout) as response:
-                offset = self._accept(response, offset)
-                if offset is not None:
-                    self._append(response, offset)
+                start = self._accept(response, offset)
+                if start is not None:
+                    self._append(response, start)
         except requests.TooManyRedirects as error:
             raise _Never("it redirects in a loop") from error
         except requests.exceptions.SSLError as error:
