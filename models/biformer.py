@@ -192,8 +192,8 @@ class BiFormer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        VizattnError: Lists of lengths that do not fit each other, another `stem_stride`, or heads that do not divide the
-            channels.
+        VizattnError: Lists of lengths that do not fit each other, another `stem_stride`, or heads that do not divide
+            the channels.
     """
 
     def __init__(
