@@ -26,6 +26,8 @@ from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_atte
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
 from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
+from vizattn.attention.window import WindowAttention, window_attention
+from vizattn.attention.window import WindowAttention, window_attention
 from vizattn.errors import unknown
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "HaloAttention2d",
     "NeighborhoodAttention",
     "SoftmaxAttention",
+    "WindowAttention",
     "agent_attention",
     "agent_weights",
     "attention_class",
@@ -48,6 +51,7 @@ __all__ = [
     "na2d",
     "na3d",
     "softmax_attention",
+    "window_attention",
 ]
 
 ATTENTION: dict[str, type[nn.Module]] = {
@@ -56,6 +60,7 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "halo": HaloAttention,
     "neighborhood": NeighborhoodAttention,
     "softmax": SoftmaxAttention,
+    "window": WindowAttention,
 }
 
 
