@@ -235,6 +235,18 @@ def test_query_maps(row):
     torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("row", ["nat", "efficientvit"])
+def test_query_maps_of_a_pyramid(row):
+    model = vizattn.attach(create(row), "efficient_probing", num_queries=4)
+    x = torch.randn(2, 3, 32, 64)
+    with torch.no_grad():
+        queries = model.adapters["efficient_probing"].probe.queries
+        scores = torch.einsum("qc,bchw->bqhw", queries, model.forward_features(x))
+        expected = (scores.flatten(2) / model.num_features**0.5).softmax(-1).view_as(scores)
+        torch.testing.assert_close(query_maps(model, x), expected)
+    assert expected.shape[3] == 2 * expected.shape[2]
+
+
 def test_probing_with_and_without_the_class_token():
     model = create("vit")
     x = images()
@@ -441,3 +453,15 @@ def test_extra_keys_of_biformers_last_stage():
     local = attn.lepe(x.unflatten(1, (2, 3)).permute(0, 3, 1, 2)).flatten(2).mT
     expected = attn.proj(mixed.transpose(1, 2).flatten(2) + local)
     torch.testing.assert_close(attn(x, (2, 3), attn.project_kv(tokens)), expected)
+
+
+def test_norms_are_folded_after_merging_only():
+    model = vizattn.attach(create("efficientvit"), "apla", num_rows=5)
+    randomise(model)
+    with pytest.raises(VizattnError, match="Cannot fuse a model with adapters"):
+        vizattn.fuse(model)
+    with torch.no_grad():
+        expected = model(images())
+        fused = vizattn.fuse(vizattn.merge(model))
+        torch.testing.assert_close(fused(images()), expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for stage in fused.stages for m in stage.modules())

@@ -26,6 +26,15 @@ def test_our_backbone() -> None:
     assert all(facts["adapters"][name] is None for name in ("linear_probe", "vpt", "hst", "efficient_probing"))
 
 
+@pytest.mark.parametrize(("name", "prompts"), [("nat_nano", True), ("efficientvit_va_nano", False)])
+def test_our_pyramids_tell_which_adapters_fit(name: str, prompts: bool) -> None:
+    adapters = describe_backbone(name)["adapters"]
+    assert all(adapters[method] is None for method in ("linear_probe", "full", "apla", "efficient_probing"))
+    assert (adapters["vpt"] is None) == prompts
+    assert "one grid. These work on it: apla, efficient_probing, full, linear_probe, side_tuning" in adapters["hst"]
+    assert prompts or "takes no tokens besides the image's own" in adapters["vpt"]
+
+
 def test_backbone_of_timm_tells_why_an_adapter_does_not_fit() -> None:
     facts = describe_backbone("resnet18.a1_in1k")
     assert facts["weights"] == "hub" and "a1_in1k" in facts["tags"]
