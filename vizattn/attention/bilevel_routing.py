@@ -62,9 +62,10 @@ def bilevel_routing_attention(
     attended to by every query; the queries before the map attend to every key.
 
     What is computed, by shape: attention over all tokens if every region is routed to all; the same with a mask if it
-    is routed to 30 % of them or more and the map is small; else keys and values of the routed regions are copied
-    together, for as many query regions at a time as keeps the copies bounded. Where that takes several portions, the
-    copies are made again in the backward pass rather than kept. (Measured on a CPU: the mask pays from 25 to 40 %.)
+    is routed to 30 % of them or more (20 % for regions of 8 tokens or fewer: where it began to pay on a CPU) and the
+    map is small; else keys and values of the routed regions are copied together, for as many query regions at a time as
+    keeps the copies bounded. Where that takes several portions, the copies are made again in the backward pass rather
+    than kept.
 
     Args:
         query: (B, h, P + H * W, d).
@@ -93,7 +94,7 @@ def bilevel_routing_attention(
     q, k, v = query[:, :, P:], key[:, :, G:], value[:, :, G:]
     routed = route(q, k, grid_size, region_size, topk)
 
-    if 10 * topk >= 3 * R and max_masked >= H * W:
+    if topk >= R * (0.2 if L <= 8 else 0.3) and max_masked >= H * W:
         region_row = torch.arange(H, device=query.device) // rows
         region_column = torch.arange(W, device=query.device) // columns
         region = (region_row[:, None] * R_w + region_column).flatten()
