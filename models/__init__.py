@@ -2,10 +2,19 @@
 
 from . import agent_deit  # noqa: F401  (sizes of VisionTransformer)
 from .agent_pvt import AgentPVT
+from .agent_swin import AgentSwin
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
 from .halonet import HaloNet
 from .nat import NeighborhoodTransformer
 from .vit import VisionTransformer
 
-__all__ = ["AgentPVT", "BiFormer", "EfficientViT", "HaloNet", "NeighborhoodTransformer", "VisionTransformer"]
+__all__ = [
+    "AgentPVT",
+    "AgentSwin",
+    "BiFormer",
+    "EfficientViT",
+    "HaloNet",
+    "NeighborhoodTransformer",
+    "VisionTransformer",
+]

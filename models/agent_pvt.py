@@ -3,7 +3,7 @@
 Agent Attention: On the Integration of Softmax and Linear Attention (Han et al., ECCV 2024), arXiv:2312.08874,
 on the layout of the Pyramid Vision Transformer, arXiv:2102.12122. The attention is `vizattn.attention.AgentAttention`.
 
-Shapes: B batch, H x W tokens of a map, C channels. Maps are (B, C, H, W) between the stages, tokens (B, H * W, C) inside.
+Shapes: B batch, H x W tokens of a map, C channels. Maps are (B, C, H, W) between the stages, tokens (B, N, C) inside.
 """
 
 import re
@@ -168,7 +168,7 @@ class AgentPVT(nn.Module):
         self.grad_checkpointing = False
 
         patches = [patch_size] + [2] * (len(depths) - 1)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages: list[nn.Module] = []
         self.feature_info = []
         in_chs = in_chans

@@ -36,6 +36,12 @@ FAMILIES: dict[str, Family] = {
         | {"num_heads": (1, 2, 3), "mlp_ratios": (4, 4, 2), "num_agents": (4, 9, 9), "out_indices": (0, 1, 2)},
         strides=(2, 4, 8),
     ),
+    "agent_swin": Family(
+        "agent_swin_tiny",
+        {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (1, 3, 2), "num_heads": (1, 2, 4)}
+        | {"agent_blocks": (1, 1, 0), "num_agents": (4, 9, 9), "window_size": 3, "out_indices": (0, 1, 2)},
+        strides=(2, 4, 8),
+    ),
     "biformer": Family("biformer_nano", {"depths": (2, 1, 1)}, strides=(2, 4, 8)),
     "efficientvit": Family("efficientvit_va_nano", {"depths": (1, 1, 1)}, strides=(2, 4, 8)),
     "halonet": Family("halonet_va_nano", {"depths": (1, 2, 1)}, strides=(2, 4, 8)),

@@ -16,6 +16,9 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     "agent_pvt_small": (20.64, 3.96),
     "agent_pvt_medium": (35.92, 7.00),
     "agent_pvt_large": (48.74, 10.34),
+    "agent_swin_tiny": (28.90, 4.50),
+    "agent_swin_small": (49.67, 8.70),
+    "agent_swin_base": (88.10, 15.4),
     # arXiv:2303.08810, table 2 and section 4.4, with the digits of the release
     "biformer_tiny": (13.14, 2.2),
     "biformer_small": (25.54, 4.46),

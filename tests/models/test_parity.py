@@ -27,6 +27,10 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
         {f"patch_embed{i + 1}": f"stages.{i}.patch_embed" for i in range(4)}
         | {f"block{i + 1}.1": f"stages.{i}.blocks.1" for i in range(4)},
     ),
+    "agent_swin_tiny": (
+        "agent_swin_tiny",
+        {f"layers.{i}.blocks.{j}": f"stages.{i}.blocks.{j}" for i, j in ((0, 1), (1, 1), (2, 5), (3, 1))},
+    ),
     "biformer_tiny": ("biformer_tiny", {"downsample_layers.0": "stem"}),
     "dinat_mini": ("dinat_mini", NAT),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
