@@ -27,7 +27,6 @@ from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attentio
 from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
 from vizattn.attention.window import WindowAttention, window_attention
-from vizattn.attention.window import WindowAttention, window_attention
 from vizattn.errors import unknown
 
 __all__ = [
