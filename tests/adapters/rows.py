@@ -72,6 +72,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_ratios": (2, 2, 2),
         },
     ),
+    "agent_swin": (
+        "agent_swin_tiny",
+        {
+            "img_size": 32,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": (1, 2),
+            "num_heads": (2, 2),
+            "agent_blocks": (1, 0),
+            "num_agents": (4, 4),
+            "window_size": 5,
+        },
+    ),
     "halonet": (
         "halonet_va_nano",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "stem_dim": 16, "final_dim": 40},
@@ -79,7 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
 
-PYRAMIDS = {"swin", "swinv2", "nat", "agent_pvt", "biformer", "halonet", "efficientvit"}
+PYRAMIDS = {"swin", "swinv2", "nat", "agent_pvt", "agent_swin", "biformer", "halonet", "efficientvit"}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {
