@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return x + self.drop_path(self.drop(self.pw2(F.relu(self.pw1(x)))))
+        return x + self.drop_path(self.drop(self.pw2(F.relu(self.pw1(x), inplace=True))))
 
 
 class PatchMerging(nn.Module):
@@ -87,10 +87,11 @@ class PatchMerging(nn.Module):
         self.conv2 = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden, **dd)
         self.se = SqueezeExcite(hidden, rd_ratio=0.25, **dd)
         self.conv3 = ConvNorm(hidden, out_dim, **dd)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
-        return self.conv3(self.se(F.relu(self.conv2(F.relu(self.conv1(x))))))
+        return self.conv3(self.se(self.act(self.conv2(self.act(self.conv1(x))))))
 
 
 class Block(nn.Module):
@@ -201,7 +202,7 @@ class EfficientViT(nn.Module):
         widths = [embed_dims[0] >> i for i in reversed(range(len(stem_strides)))]
         layers: list[nn.Module] = []
         for before, after, stride in zip([in_chans, *widths], widths, stem_strides):
-            layers += [ConvNorm(before, after, 3, stride=stride, **dd), nn.ReLU()]
+            layers += [ConvNorm(before, after, 3, stride=stride, **dd), nn.ReLU(inplace=True)]
         self.stem = nn.Sequential(*layers[:-1])
 
         self.feature_info: list[dict[str, Any]] = []
@@ -241,10 +242,9 @@ class EfficientViT(nn.Module):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=nn.BatchNorm2d, **dd
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        if num_classes > 0:
+            trunc_normal_(self.head.fc.weight, std=0.02)
+            nn.init.zeros_(self.head.fc.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -411,6 +411,7 @@ RENAMES: list[tuple[str, Any]] = [
     (r"\.downsample\.patchmerge\.", ".downsample.2."),
     (r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}."),
     (r"\.mixer\.m\.attn\.proj\.1\.", ".attn.proj."),
+    (r"\.mixer\.m\.attn\.qkvs\.(\d)\.(c|conv)\.", r".attn.qkvs.\1.linear."),
     (r"\.mixer\.m\.attn\.", ".attn."),
     (r"\.m\.", "."),
     (r"\.c\.", ".conv."),
@@ -434,8 +435,8 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: EfficientViT) -> dic
             for pattern, name in RENAMES:
                 key = re.sub(pattern, name, key)
         like = expected.get(key)
-        if like is not None and like.ndim == 4 and value.ndim == 2:  # 1 x 1 convolutions stored as matrices
-            value = value[:, :, None, None]
+        if like is not None and {like.ndim, value.ndim} == {2, 4} and like.numel() == value.numel():
+            value = value.view(like.shape)  # a matrix and a 1 x 1 convolution
         if key.endswith("attention_biases") and like is not None and value.shape[1:] != like.shape[1:]:
             value = _resized_table(value, math.isqrt(like.shape[1]))
         state_dict[key] = value

@@ -15,32 +15,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.errors import VizattnError
-from vizattn.layers.conv_norm import ConvNorm
+from vizattn.layers.conv_norm import ConvNorm, LinearNorm
 
 __all__ = ["CascadedGroupAttention", "biased_attention", "offset_index"]
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop: float = 0.0) -> Tensor:
-    """softmax(query^T key / sqrt(K) + bias) value^T for one head, with channels before positions.
+    """softmax(query key^T / sqrt(K) + bias) value for one head.
 
     The products are explicit: N is a window's few positions, and a learnt bias would keep torch's fused kernels for the
     CPU away in training.
 
     Args:
-        query: (B, K, N).
-        key: (B, K, N).
-        value: (B, c, N).
+        query: (B, N, K).
+        key: (B, N, K).
+        value: (B, N, c).
         bias: (N, N), or (B, N, N) where windows differ; -inf where nothing may be seen.
         drop: Share of attention weights set to zero.
 
     Returns:
         (B, N, c).
     """
-    scores = torch.baddbmm(bias.to(query.dtype), query.transpose(1, 2), key, alpha=query.shape[1] ** -0.5)
+    scores = torch.baddbmm(bias.to(query.dtype), query, key.transpose(1, 2), alpha=query.shape[2] ** -0.5)
     weights = scores.softmax(dim=-1)
     if drop > 0:
         weights = F.dropout(weights, drop)
-    return weights @ value.transpose(1, 2)
+    return weights @ value
 
 
 def offset_index(height: int, width: int, columns: int, device: torch.device | None = None) -> Tensor:
@@ -100,7 +100,9 @@ class CascadedGroupAttention(nn.Module):
         self.window_size = window_size
         self.key_dim = key_dim
         self.head_dim = dim // num_heads
-        self.qkvs = nn.ModuleList(ConvNorm(self.head_dim, 2 * key_dim + self.head_dim, **dd) for _ in range(num_heads))
+        self.qkvs = nn.ModuleList(
+            LinearNorm(self.head_dim, 2 * key_dim + self.head_dim, **dd) for _ in range(num_heads)
+        )
         self.dws = nn.ModuleList(
             ConvNorm(key_dim, key_dim, kernel, groups=key_dim, **dd)
             for _, kernel in zip(range(num_heads), kernel_sizes)
@@ -117,30 +119,26 @@ class CascadedGroupAttention(nn.Module):
         return self.attention_biases.index_select(1, index).view(-1, N, N)
 
     def _cascade(self, x: Tensor, bias: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), each a window; `valid` (B, 1, H, W) is 0 where there is only padding."""
-        B, _, H, W = x.shape
+        """(B, H, W, C) -> (B, H, W, C), each a window; `valid` (B, H, W, 1) is 0 where there is only padding."""
+        B, H, W, C = x.shape
+        N = H * W
         if valid is not None:
-            bias = bias[:, None].masked_fill(valid.view(B, 1, H * W) == 0, float("-inf"))
-        parts = x.chunk(self.num_heads, dim=1)
+            bias = bias[:, None].masked_fill(valid.view(B, 1, N) == 0, float("-inf"))
+        parts = x.reshape(B * N, C).chunk(self.num_heads, dim=1)
         part = parts[0]
         outputs: list[Tensor] = []
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws)):
             if i > 0:
                 part = parts[i] + part
-            query, key, value = qkv(part).split([self.key_dim, self.key_dim, self.head_dim], dim=1)
-            if valid is not None:
+            query, key, value = qkv(part).view(B, N, -1).split([self.key_dim, self.key_dim, self.head_dim], dim=2)
+            query = query.view(B, H, W, self.key_dim)
+            if valid is not None:  # the convolution sees zeros beyond the border of the map
                 query = query * valid
-            query = dw(query)
-            part = biased_attention(
-                query.flatten(2),
-                key.flatten(2),
-                value.flatten(2),
-                bias[i],
-                self.attn_drop.p if self.training else 0.0,
-            )
-            part = part.transpose(1, 2).reshape(B, self.head_dim, H, W)
+            query = dw(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, self.key_dim)
+            part = biased_attention(query, key, value, bias[i], self.attn_drop.p if self.training else 0.0)
+            part = part.reshape(B * N, self.head_dim)
             outputs.append(part)
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1).view(B, H, W, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -148,24 +146,23 @@ class CascadedGroupAttention(nn.Module):
         rows, columns = -(-H // self.window_size), -(-W // self.window_size)
         height, width = -(-H // rows), -(-W // columns)
         bias = self._bias(height, width)
+        x = x.permute(0, 2, 3, 1)  # no copy for a map in channels_last
         if rows * columns == 1:
             x = self._cascade(x, bias, None)
         else:
-            pad = [0, columns * width - W, 0, rows * height - H]
+            pad = [0, 0, 0, columns * width - W, 0, rows * height - H]
             valid: Tensor | None = None
-            if pad[1] + pad[3] > 0:
-                valid = F.pad(x.new_ones(1, 1, H, W), pad).expand(B, -1, -1, -1)
-                valid = _to_windows(valid, height, width)
+            if pad[3] + pad[5] > 0:
+                valid = _to_windows(F.pad(x.new_ones(1, H, W, 1), pad).expand(B, -1, -1, -1), height, width)
                 x = F.pad(x, pad)
             x = self._cascade(_to_windows(x, height, width), bias, valid)
-            # (B * rows * columns, C, height, width) -> (B, C, H, W), channels innermost in memory throughout
-            x = x.permute(0, 2, 3, 1).reshape(B, rows, columns, height, width, C).transpose(2, 3)
-            x = x.reshape(B, rows * height, columns * width, C)[:, :H, :W].permute(0, 3, 1, 2)
-        return self.proj_drop(self.proj(F.relu(x)))
+            x = x.view(B, rows, columns, height, width, C).transpose(2, 3)
+            x = x.reshape(B, rows * height, columns * width, C)[:, :H, :W]
+        return self.proj_drop(self.proj(F.relu(x, inplace=True).permute(0, 3, 1, 2)))
 
 
 def _to_windows(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) -> (B * windows, C, height, width), channels innermost in memory."""
-    B, C, H, W = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(B, H // height, height, W // width, width, C).transpose(2, 3)
-    return x.reshape(-1, height, width, C).permute(0, 3, 1, 2)
+    """(B, H, W, C) -> (B * windows, height, width, C)."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // height, height, W // width, width, C).transpose(2, 3)
+    return x.reshape(-1, height, width, C)

@@ -1,11 +1,11 @@
-"""A convolution with BatchNorm behind it, and folding the norm into the convolution for inference."""
+"""A convolution or linear layer with BatchNorm behind it, and folding the norm into it for inference."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConvNorm", "fold_after", "fold_before"]
+__all__ = ["ConvNorm", "LinearNorm", "fold_after", "fold_before"]
 
 
 def _scale_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
@@ -82,3 +82,24 @@ class ConvNorm(nn.Sequential):
         """The one convolution that this pair is in inference; changes `conv` in place."""
         fold_after(self.conv, self.bn)
         return self.conv
+
+
+class LinearNorm(nn.Sequential):
+    """``bn(linear(x))``: (R, in_chs) -> (R, out_chs). A 1 x 1 `ConvNorm` on rows, quicker for few of them."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_chs, out_chs, bias=False, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm1d(out_chs, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Linear:
+        """The one linear layer that this pair is in inference; changes `linear` in place."""
+        fold_after(self.linear, self.bn)
+        return self.linear
