@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
     "predict": "classify images",
+    "weights": "list, fetch, verify and convert released weights",
 }
 
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
+    messages = _Messages()
     try:
         module = importlib.import_module(f"{__name__}.{command}")
         parser = argparse.ArgumentParser(f"vizattn {command}", description=module.__doc__, allow_abbrev=False)
@@ -69,6 +72,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vizattn {command}: {_message(error)}", file=sys.stderr)
         return 2
+    finally:
+        messages.end()
+
+
+class _Messages(logging.Handler):
+    """Shows on stderr what the library has to say, such as where weights come from; in the main process of several."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        self.logger = logging.getLogger("vizattn")
+        self.before = self.logger.level
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)  # looked up late: a progress bar may stand in for it
+
+    def end(self) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before)
 
 
 def _top_parser() -> argparse.ArgumentParser:

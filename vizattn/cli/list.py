@@ -7,7 +7,7 @@ import fnmatch
 import json
 from collections.abc import Iterable
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "matching", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +27,16 @@ def run(args: argparse.Namespace) -> int:
     from .text import columns
 
     if args.adapters:
-        rows = [method_summary(name) for name in _matching("adapter", args.pattern, vizattn.list_adapters())]
+        rows = [method_summary(name) for name in matching("adapter", args.pattern, vizattn.list_adapters())]
     else:
         ours = our_names()
         names = [*ours, *timm_names()] if args.timm else ours
-        rows = [summary(name, count=name in ours) for name in _matching("backbone", args.pattern, names)]
+        rows = [summary(name, count=name in ours) for name in matching("backbone", args.pattern, names)]
     print(json.dumps(rows, indent=2) if args.json else columns(rows))
     return 0
 
 
-def _matching(kind: str, pattern: str | None, names: Iterable[str]) -> list[str]:
+def matching(kind: str, pattern: str | None, names: Iterable[str]) -> list[str]:
     """Those of `names` that match; an error with the closest names if none does."""
     from vizattn.errors import unknown
 
@@ -47,5 +47,6 @@ def _matching(kind: str, pattern: str | None, names: Iterable[str]) -> list[str]
     found = fnmatch.filter(names, glob.lower())
     if not found:
         names += {part for name in names for part in name.split("_") if len(part) > 2}  # "tniy" is close to "tiny"
-        raise unknown(kind, pattern, names, "vizattn list --adapters" if kind == "adapter" else "vizattn list --timm")
+        how = {"adapter": "vizattn list --adapters", "weights": "vizattn weights list"}.get(kind, "vizattn list --timm")
+        raise unknown(kind, pattern, names, how)
     return found

@@ -3,7 +3,7 @@
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
 from vizattn.weights.place import cache_folder, cached_file
 from vizattn.weights.reading import read_weights
-from vizattn.weights.store import Release, fetch, find, release_names, release_of
+from vizattn.weights.store import Release, fetch, find, release_names, release_of, verify
 from vizattn.weights.trust import lock_file, manifest, trusted
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "save_converted",
     "tensors_digest",
     "trusted",
+    "verify",
 ]

@@ -180,6 +180,7 @@ class _Download:
             raise _Never(f"it redirects to an address without encryption, {response.url}")
         if status == 416 and offset:
             if headers.get("Content-Range") == f"bytes */{offset}":
+                self.resumed = True
                 return None
             self._discard()
             raise _Later("the file has changed", pause=0)
@@ -227,20 +228,15 @@ class _Download:
 
     def _finish(self) -> str:
         """Check the part and give it its name."""
-        size, sha256 = self._arrived(), sha256_of(self.part)
+        sha256 = sha256_of(self.part)
         try:
             check_is_weights(self.part)
+            self.trusted.check("the file", self._arrived(), sha256)
         except VizattnError as error:
             self._discard()
-            raise _Never(str(error).replace(self.part.name, "what the server sent").rstrip(".")) from error
-        if sha256 != (self.trusted.sha256 or sha256) or size != (self.trusted.size or size):
-            self._discard()
             if self.resumed:  # the beginning may have been of another version
-                raise _Later("the parts do not fit together", pause=0)
-            raise _Never(
-                f"the file is not the right one: {size} bytes with SHA-256 {sha256}, but {self.trusted.according_to} "
-                f"says {self.trusted.size or size} bytes with SHA-256 {self.trusted.sha256 or 'unknown'}"
-            )
+                raise _Later("the parts do not fit together", pause=0) from error
+            raise _Never(str(error).replace(self.part.name, "what the server sent").rstrip(".")) from error
         os.replace(self.part, self.target)
         self._discard()
         return sha256

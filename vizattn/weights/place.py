@@ -42,7 +42,7 @@ def locked(key: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("Another process is at %s; waiting for it.", key)
+        logger.warning("Another process is fetching %s; waiting for it.", key)
         lock.acquire(poll_interval=0.1)
     try:
         yield

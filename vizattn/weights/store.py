@@ -14,14 +14,14 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 
 from vizattn.errors import VizattnError, unknown
 from vizattn.files import explain_disk_errors
-from vizattn.weights.convert import converted, metadata_of, save_converted
+from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
 from vizattn.weights.download import Patience, download, sha256_of
 from vizattn.weights.hub import hub_file
 from vizattn.weights.place import cache_folder, cached_file, locked
 from vizattn.weights.reading import read_weights
 from vizattn.weights.trust import Trusted, manifest, record, trusted
 
-__all__ = ["Release", "fetch", "find", "release_names", "release_of"]
+__all__ = ["Release", "fetch", "find", "release_names", "release_of", "verify"]
 
 logger = logging.getLogger("vizattn")
 
@@ -95,6 +95,8 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
     Raises:
         VizattnError: They cannot be had, are not the right ones, or cannot be kept.
     """
+    if given is not None and not given.is_file():
+        raise VizattnError(f"There is no file {given}.")
     target = cached_file(release.key)
     if not again and given is None and _usable(target, release):
         return target
@@ -104,19 +106,39 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
     ):
         if not again and given is None and _usable(target, release):  # another process was faster
             return target
-        path, source = (given, str(given)) if given else _obtain(release, trusted(release.key), patience)
+        right = trusted(release.key)
+        path, source = (given, str(given)) if given else _obtain(release, right, patience)
+        ours = path.is_relative_to(cache_folder())
         size, sha256 = path.stat().st_size, sha256_of(path)
-        _check(path, size, sha256, trusted(release.key))
-        state = converted(read_weights(path), release.cfg)
+        right.check(str(path), size, sha256)
+        try:
+            state = converted(read_weights(path), release.cfg)
+        except VizattnError as error:
+            if ours and not right.sha256:  # it may be any file; one of a known hash waits for a better vizattn
+                path.unlink()
+            raise VizattnError(f"What came from {source} cannot be used. {error}") from error
         save_converted(state, target, name=release.key, source=source, source_size=str(size), source_sha256=sha256)
         record(release.key, source, size, sha256)
-        if path.parent == _downloads():
+        if ours:
             path.unlink()  # the converted file has all of it
         return target
 
 
-def _downloads() -> Path:
-    return cache_folder() / "downloads"
+def verify(release: Release) -> str:
+    """``"ok"``, ``"not fetched"``, or what is wrong with the converted weights in the cache.
+
+    Raises:
+        VizattnError: The lock file is damaged.
+    """
+    path = cached_file(release.key)
+    if not path.is_file():
+        return "not fetched"
+    notes, right = metadata_of(path), trusted(release.key)
+    if notes is None or tensors_digest(read_weights(path)) != notes.get("tensors_sha256"):
+        return f"damaged; mend it with: vizattn weights fetch {release.key} --again"
+    if notes.get("source_sha256") != (right.sha256 or notes.get("source_sha256")):
+        return f"made from another file than {right.according_to} says"
+    return "ok"
 
 
 def _usable(path: Path, release: Release) -> bool:
@@ -124,17 +146,18 @@ def _usable(path: Path, release: Release) -> bool:
     notes = metadata_of(path)
     if notes is None:
         return False
-    right = trusted(release.key)
-    if right.sha256 is None:
+    right, sha256 = trusted(release.key), notes.get("source_sha256")
+    if right.sha256 is None and sha256:
         with suppress(OSError):  # a cache that others filled may be read-only
-            record(release.key, notes["source"], int(notes["source_size"]), notes["source_sha256"])
-    return notes["source_sha256"] == (right.sha256 or notes["source_sha256"])
+            record(release.key, notes.get("source", ""), int(notes.get("source_size", 0)), sha256)
+    return sha256 is not None and sha256 == (right.sha256 or sha256)
 
 
 def _obtain(release: Release, right: Trusted, patience: Patience | None) -> tuple[Path, str]:
     """The published file and the address it came from: what an earlier call left, a mirror, the hub or the URL."""
-    target = _downloads() / release.file_name
-    if target.is_file():  # it arrived whole, but was not converted
+    target = cache_folder() / "downloads" / release.file_name
+    with suppress(VizattnError, FileNotFoundError):  # an earlier call was stopped before it converted the file
+        right.check(target.name, target.stat().st_size, sha256_of(target))
         return target, release.origin
     target.parent.mkdir(parents=True, exist_ok=True)
     mirror = os.environ.get("VIZATTN_MIRROR")
@@ -157,14 +180,4 @@ def _obtain(release: Release, right: Trusted, patience: Patience | None) -> tupl
     raise VizattnError(
         f"The weights {release.key} cannot be fetched. {' '.join(reasons)} Try again later, or get the file by hand "
         f"from {release.origin} and give it with: {by_hand}"
-    )
-
-
-def _check(path: Path, size: int, sha256: str, right: Trusted) -> None:
-    """Raise unless the file is the trusted one."""
-    if size == (right.size or size) and sha256 == (right.sha256 or sha256):
-        return
-    raise VizattnError(
-        f"{path} is not the file that {right.according_to} knows: it has {size} bytes and SHA-256 {sha256}, not "
-        f"{right.size or size} bytes and {right.sha256 or 'any'}. If it was replaced on purpose, remove it there."
     )

@@ -30,6 +30,18 @@ class Trusted:
     sha256: str | None = None
     according_to: str = ""
 
+    def check(self, what: str, size: int, sha256: str) -> None:
+        """Raise unless a file has this size and hash.
+
+        Raises:
+            VizattnError: It has not.
+        """
+        if size != (self.size or size) or sha256 != (self.sha256 or sha256):
+            raise VizattnError(
+                f"{what} is not the right one: it has {size} bytes and SHA-256 {sha256}, but {self.according_to} says "
+                f"{self.size or size} bytes and SHA-256 {self.sha256 or 'unknown'}."
+            )
+
 
 @lru_cache(maxsize=1)
 def manifest() -> dict[str, dict[str, Any]]:
@@ -70,7 +82,8 @@ def trusted(key: str) -> Trusted:
     if known.get("sha256"):
         return Trusted(known["size"], known["sha256"], "vizattn's manifest")
     if entry := _recorded().get(key):
-        return Trusted(entry["size"], entry["sha256"], f"the lock file {lock_file()}")
+        who = f"the lock file {lock_file()} (take its entry out if the file was replaced on purpose)"
+        return Trusted(entry["size"], entry["sha256"], who)
     return Trusted(known.get("size"), None, "vizattn's manifest")
 
 
