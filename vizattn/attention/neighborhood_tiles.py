@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from torch.nn import functional as F
 
 __all__ = ["Axis", "attend_dense_tiles", "attend_naive", "attend_tiles"]
 
-#: Scores that are worked on at once, so that they stay in the cache of a core (and memory stays small in training).
-CHUNK = 1 << 19
+#: Scores worked on at once: few enough to stay in the cache of a core, many enough to hide the cost of a call.
+CHUNK = 1 << 17
+#: Numbers in the copy of the keys of the images worked on at once, for the same reasons.
+GROUP = 1 << 20
 
 
 class Axis(NamedTuple):
@@ -51,21 +54,25 @@ def _start_end(axis: Axis, j: Any, length: Any) -> tuple[Any, Any]:
 
 
 def _tile(axis: Axis, axes: int) -> tuple[int, int, int]:
-    """Tiles of a residue class, queries of a tile, keys of a tile."""
+    """Tiles of a residue class, queries of a tile, keys of a tile: the fewest scores.
+
+    Tiles are not made smaller than half a window, which bounds the copies of a key, and hold some queries.
+    """
     longest = -(-axis.length // axis.dilation)
-    lengths = {longest, axis.length // axis.dilation}
-    target = (max(axis.kernel, 32), max(axis.kernel, 4), 4)[min(axes, 3) - 1]
-    if longest <= axis.kernel + 2:
-        target = longest
-    count = -(-longest // target)
-    size = -(-longest // count)
-    keys = 1
-    for length in lengths:
-        for first in range(0, length, size):
-            start = _start_end(axis, first, length)[0]
-            end = _start_end(axis, min(first + size, length) - 1, length)[1]
-            keys = max(keys, end - start)
-    return count, size, keys
+    smallest = max((32, 4, 3)[axes - 1], -(-axis.kernel // 2))
+    best = (0, 0, 0)
+    for size in [*range(smallest, 2 * smallest + 1), longest]:
+        size = min(size, longest)
+        count = -(-longest // size)
+        keys = 1
+        for length in (longest, axis.length // axis.dilation):
+            for first in range(0, length, size):
+                start = _start_end(axis, first, length)[0]
+                end = _start_end(axis, min(first + size, length) - 1, length)[1]
+                keys = max(keys, end - start)
+        if not best[0] or count * size * (keys + 2) < best[0] * best[1] * (best[2] + 2):
+            best = (count, size, keys)
+    return best
 
 
 def _axis_tiles(axis: Axis, axes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -174,11 +181,89 @@ def _tables(axes: tuple[Axis, ...], extra: int, device: torch.device) -> _Tables
         )
 
 
-def _rows(tokens: Tensor, batch: int, count: int, step: int, heads: int) -> Tensor:
-    """Rows (T, B, h, n) of tokens (T, n) in a matrix (B * `count` tokens * `step`, d) whose rows end in heads."""
-    device = tokens.device
-    sample = torch.arange(batch, device=device).mul_(count * step).view(-1, 1, 1)
-    return (tokens * step).view(len(tokens), 1, 1, -1) + (sample + torch.arange(heads, device=device).view(1, -1, 1))
+class _Rows(NamedTuple):
+    """Rows of tensors seen as matrices (rows, d), for a group of images: qkv, tokens (B, N, h), tiles (T, B, h, n)."""
+
+    query: Tensor  # (T, B, h, q) of qkv
+    key: Tensor  # (T, B, h, s) of qkv; values lie h rows further
+    token: Tensor  # (T, B, h, q) of tokens
+    tile: Tensor  # (B, N, h) of tiles of queries
+    bag: Tensor  # of tiles of keys, by image, head and token
+    bag_start: Tensor  # (B * h * M,) where each begins in `bag`
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(axes: tuple[Axis, ...], extra: int, device: torch.device, batch: int, heads: int) -> _Rows:
+    with torch.inference_mode(False):
+        tables = _tables(axes, extra, device)
+        tiles = tables.tiles
+        N, q, s = len(tiles.place), tiles.query.shape[1], tiles.key.shape[1]
+        sample, head = torch.arange(batch, device=device), torch.arange(heads, device=device)
+
+        def rows(tokens: Tensor, count: int, step: int) -> Tensor:
+            first = sample.view(-1, 1, 1) * (count * step) + head.view(-1, 1)
+            return (tokens * step).view(len(tokens), 1, 1, -1) + first
+
+        def tile_rows(place: Tensor, n: int) -> Tensor:
+            return place // n * (batch * heads * n) + place % n
+
+        image = torch.arange(batch * heads, device=device)
+        bag = tile_rows(tables.key_order, s) + image.view(-1, 1) * s
+        return _Rows(
+            rows(tiles.query + extra, extra + N, 3 * heads),
+            rows(tiles.key, extra + N, 3 * heads) + heads,
+            rows(tiles.query, N, heads),
+            tile_rows(tiles.place, q).view(1, N, 1) + image.view(batch, 1, heads) * q,
+            bag.flatten(),
+            (tables.key_start + image.view(-1, 1) * len(tables.key_order)).flatten(),
+        )
+
+
+def _bias(tables: _Tables, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the scores begin with: (P, 1, h or 1, q * s)."""
+    if rpb is None:
+        return tables.mask.to(dtype).view(len(tables.mask), 1, 1, -1)
+    bias = tables.mask.to(dtype).view(1, -1).repeat(len(rpb), 1)
+    bias[:, tables.biased] = rpb.flatten(1)[:, tables.entry].to(dtype)
+    return bias.view(len(rpb), len(tables.mask), -1).transpose(0, 1).contiguous().unsqueeze(1)
+
+
+def _groups(qkv: Tensor, axes: tuple[Axis, ...]) -> Iterator[tuple[slice, _Tables, _Rows]]:
+    """Some images at a time."""
+    B, M, _, h, d = qkv.shape
+    extra = M - math.prod([axis.length for axis in axes])
+    tables = _tables(axes, extra, qkv.device)
+    size = max(1, min(B, GROUP // (tables.tiles.key.numel() * h * d)))
+    for begin in range(0, B, size):
+        images = slice(begin, min(begin + size, B))
+        yield images, tables, _rows(axes, extra, qkv.device, images.stop - begin, h)
+
+
+def _chunks(
+    qkv: Tensor, bias: Tensor, tables: _Tables, rows: _Rows, scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Some tiles at a time: which, queries (n, q, d), keys (n, s, d), values (n, s, d), probabilities (n, q, s)."""
+    B, _, _, h, d = qkv.shape
+    T, q = tables.tiles.query.shape
+    s = tables.tiles.key.shape[1]
+    flat = qkv.reshape(-1, d)
+    size = max(1, min(T, CHUNK // (B * h * q * s)))
+    scores = qkv.new_empty(size, B, h, q * s)
+    probabilities = torch.empty_like(scores)
+    for begin in range(0, T, size):
+        tiles = slice(begin, min(begin + size, T))
+        n = tiles.stop - begin
+        query = F.embedding(rows.query[tiles], flat).view(-1, q, d)
+        key = F.embedding(rows.key[tiles], flat).view(-1, s, d)
+        value = F.embedding(rows.key[tiles] + h, flat).view(-1, s, d)
+        if B == 1 and bias.shape[2] == h:
+            torch.index_select(bias, 0, tables.tiles.pattern[tiles], out=scores[:n])
+        else:
+            scores[:n] = bias[tables.tiles.pattern[tiles]]
+        raw, p = scores[:n].view(-1, q, s), probabilities[:n].view(-1, q, s)
+        raw.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+        torch.softmax(raw, dim=-1, out=p)
+        yield tiles, query, key, value, p
 
 
 class _Attend(torch.autograd.Function):
@@ -186,18 +271,17 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale: float) -> Tensor:
-        B, M, _, h, d = qkv.shape
-        N = math.prod([axis.length for axis in axes])
+        B, _, _, h, d = qkv.shape
         qkv = qkv.contiguous()
-        tables = _tables(axes, M - N, qkv.device)
-        T, q = tables.tiles.query.shape
-        out = qkv.new_empty(T, B * h, q, d)
-        for chunk, _, _, value, probabilities in _chunks(qkv, rpb, tables, scale, M - N):
-            torch.bmm(probabilities, value, out=out[chunk].view(-1, q, d))
-        place = tables.tiles.place
-        rows = (place // q * (B * h * q) + place % q).view(1, N, 1)
-        rows = rows + torch.arange(B * h, device=qkv.device).mul_(q).view(B, 1, h)
-        out = F.embedding(rows, out.view(-1, d))
+        out = qkv.new_empty(B, math.prod([axis.length for axis in axes]), h, d)
+        bias = None
+        for images, tables, rows in _groups(qkv, axes):
+            bias = _bias(tables, rpb, qkv.dtype) if bias is None else bias
+            T, q = tables.tiles.query.shape
+            tiled = qkv.new_empty(T, rows.tile.shape[0] * h, q, d)
+            for tiles, _, _, value, p in _chunks(qkv[images], bias, tables, rows, scale):
+                torch.bmm(p, value, out=tiled[tiles].view(-1, q, d))
+            out[images] = F.embedding(rows.tile, tiled.view(-1, d))
         ctx.save_for_backward(qkv, rpb, out)
         ctx.axes, ctx.scale = axes, scale
         return out
@@ -205,82 +289,47 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         qkv, rpb, out = ctx.saved_tensors
-        B, M, _, h, d = qkv.shape
-        N = out.shape[1]
-        extra = M - N
-        tables = _tables(ctx.axes, extra, qkv.device)
-        T, q = tables.tiles.query.shape
-        s = tables.tiles.key.shape[1]
+        _, M, _, h, d = qkv.shape
+        extra = M - out.shape[1]
         grad = grad.contiguous()
-        rows = _rows(tables.tiles.query, B, N, h, h)
-        grads = F.embedding(rows, grad.view(-1, d))  # (T, B, h, q, d)
         # The mean of the scores' gradients under the probabilities, which the softmax takes off.
-        mean = (grad * out).sum(-1).view(-1)[rows].neg_().unsqueeze(-1)
-        if tables.padded:
-            fresh = tables.tiles.fresh.view(T, 1, 1, q, 1)
-            grads, mean = grads * fresh, mean * fresh
-        grads, mean = grads.view(T, B * h, q, d), mean.view(T, B * h, q, 1)
-        d_query, d_key, d_value = qkv.new_empty(T, B * h, q, d), *qkv.new_empty(2, T, B * h, s, d)
-        d_bias = None
-        if rpb is not None and ctx.needs_input_grad[1]:
-            d_bias = torch.zeros(len(tables.tiles.sees), h, q * s, dtype=rpb.dtype, device=qkv.device)
-        for chunk, query, key, value, p in _chunks(qkv, rpb, tables, ctx.scale, extra):
-            do = grads[chunk].view(-1, q, d)
-            torch.bmm(p.transpose(1, 2), do, out=d_value[chunk].view(-1, s, d))
-            ds = torch.baddbmm(mean[chunk].view(-1, q, 1), do, value.transpose(1, 2)).mul_(p)
-            torch.bmm(ds, key, out=d_query[chunk].view(-1, q, d))
-            torch.bmm(ds.transpose(1, 2), query, out=d_key[chunk].view(-1, s, d))
-            if d_bias is not None:
-                ds = ds.view(-1, B, h, q * s)
-                ds = ds[:, 0].to(d_bias.dtype) if B == 1 else ds.sum(1, dtype=d_bias.dtype)
-                d_bias.index_add_(0, tables.tiles.pattern[chunk], ds)
-
+        mean = (grad * out).sum(-1).neg_()
         d_qkv = torch.empty_like(qkv)
         d_qkv[:, :extra, 0] = 0
-        place = tables.tiles.place
-        rows = (place // q * (B * h * q) + place % q).view(1, N, 1)
-        rows = rows + torch.arange(B * h, device=qkv.device).mul_(q).view(B, 1, h)
-        torch.mul(F.embedding(rows, d_query.view(-1, d)), ctx.scale, out=d_qkv[:, extra:, 0])
-        order = tables.key_order
-        image = torch.arange(B * h, device=qkv.device).view(-1, 1)
-        rows = (order // s * (B * h * s) + order % s + image * s).view(-1)
-        starts = (tables.key_start + image * len(order)).view(-1)
-        for i, part in ((1, d_key), (2, d_value)):
-            total = F.embedding_bag(rows, part.view(-1, d), starts, mode="sum").view(B, h, M, d).transpose(1, 2)
-            torch.mul(total, ctx.scale if i == 1 else 1.0, out=d_qkv[:, :, i])
+        bias = d_bias = None
+        for images, tables, rows in _groups(qkv, ctx.axes):
+            T, q = tables.tiles.query.shape
+            s = tables.tiles.key.shape[1]
+            B = rows.tile.shape[0]
+            if bias is None:
+                bias = _bias(tables, rpb, qkv.dtype)
+                if rpb is not None and ctx.needs_input_grad[1]:
+                    d_bias = torch.zeros(len(bias), h, q * s, dtype=rpb.dtype, device=qkv.device)
+            d_out, shift = F.embedding(rows.token, grad[images].view(-1, d)), mean[images].view(-1)[rows.token]
+            if tables.padded:
+                fresh = tables.tiles.fresh.view(T, 1, 1, q)
+                d_out, shift = d_out * fresh.unsqueeze(-1), shift * fresh
+            d_query = qkv.new_empty(T, B * h, q, d)
+            d_key, d_value = qkv.new_empty(2, T, B * h, s, d)
+            for tiles, query, key, value, p in _chunks(qkv[images], bias, tables, rows, ctx.scale):
+                do = d_out[tiles].view(-1, q, d)
+                torch.bmm(p.transpose(1, 2), do, out=d_value[tiles].view(-1, s, d))
+                ds = torch.baddbmm(shift[tiles].view(-1, q, 1), do, value.transpose(1, 2)).mul_(p)
+                torch.bmm(ds, key, out=d_query[tiles].view(-1, q, d))
+                torch.bmm(ds.transpose(1, 2), query, out=d_key[tiles].view(-1, s, d))
+                if d_bias is not None:
+                    ds = ds.view(-1, B, h, q * s)
+                    ds = ds[:, 0].to(d_bias.dtype) if B == 1 else ds.sum(1, dtype=d_bias.dtype)
+                    d_bias.index_add_(0, tables.tiles.pattern[tiles], ds)
+            d_qkv[images, extra:, 0] = F.embedding(rows.tile, d_query.mul_(ctx.scale).view(-1, d))
+            for i, part in ((1, d_key), (2, d_value)):
+                total = F.embedding_bag(rows.bag, part.view(-1, d), rows.bag_start, mode="sum")
+                d_qkv[images, :, i] = total.mul_(ctx.scale if i == 1 else 1.0).view(B, h, M, d).transpose(1, 2)
         if d_bias is None:
             return d_qkv, None, None, None
         entries = d_bias.transpose(0, 1).reshape(h, -1)[:, tables.biased].t().contiguous()
         d_rpb = F.embedding_bag(tables.entry_order, entries, tables.entry_start, mode="sum")
         return d_qkv, d_rpb.t().reshape(rpb.shape), None, None
-
-
-def _chunks(qkv: Tensor, rpb: Tensor | None, tables: _Tables, scale: float, extra: int) -> Any:
-    """Go over the tiles some at a time: (slice of tiles, queries (n, q, d), keys (n, s, d), values, probabilities)."""
-    B, M, _, h, d = qkv.shape
-    T, q = tables.tiles.query.shape
-    s = tables.tiles.key.shape[1]
-    flat = qkv.view(-1, d)
-    bias = tables.mask.to(qkv.dtype).view(-1, 1, 1, q * s)
-    if rpb is not None:
-        bias = bias.view(1, -1).repeat(h, 1)
-        bias[:, tables.biased] = rpb.flatten(1)[:, tables.entry].to(qkv.dtype)
-        bias = bias.view(h, -1, q * s).transpose(0, 1).unsqueeze(1)
-    size = max(1, min(T, CHUNK // (B * h * q * s)))
-    scores = qkv.new_empty(size, B, h, q * s)
-    probabilities = torch.empty_like(scores)
-    for begin in range(0, T, size):
-        chunk = slice(begin, min(begin + size, T))
-        n = chunk.stop - begin
-        query = F.embedding(_rows(tables.tiles.query[chunk] + extra, B, M, 3 * h, h), flat).view(-1, q, d)
-        keys = _rows(tables.tiles.key[chunk], B, M, 3 * h, h) + h
-        key = F.embedding(keys, flat).view(-1, s, d)
-        value = F.embedding(keys.add_(h), flat).view(-1, s, d)
-        scores[:n] = bias[tables.tiles.pattern[chunk]]
-        a, p = scores[:n].view(-1, q, s), probabilities[:n].view(-1, q, s)
-        a.baddbmm_(query, key.transpose(1, 2), alpha=scale)
-        torch.softmax(a, dim=-1, out=p)
-        yield chunk, query, key, value, p
 
 
 def attend_tiles(qkv: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale: float) -> Tensor:
