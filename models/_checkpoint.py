@@ -11,15 +11,20 @@ from vizattn.errors import VizattnError
 __all__ = ["check_fit", "unwrap"]
 
 
+#: Where training scripts put the weights, the best first where a file has several.
+NESTED = ("state_dict_ema", "model", "state_dict", "model_ema")
+
+
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The weights inside a checkpoint, in float32 where they were stored in half precision.
 
-    Training scripts nest them under ``model`` or ``state_dict``, or both. Storage types narrower than float32 are
-    widened here so that resizing does not round.
+    Training scripts nest them, some twice, and distributed training begins each key with ``module.``. Storage types
+    narrower than float32 are widened here so that resizing does not round.
     """
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
+    while nested := [key for key in NESTED if isinstance(checkpoint.get(key), dict)]:
+        checkpoint = checkpoint[nested[0]]
+    if checkpoint and all(key.startswith("module.") for key in checkpoint):
+        checkpoint = {key.removeprefix("module."): value for key, value in checkpoint.items()}
     return {
         key: value.float() if value.is_floating_point() and value.itemsize < 4 else value
         for key, value in checkpoint.items()

@@ -29,6 +29,11 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "agent_cswin": Family(
+        "agent_cswin_tiny",
+        {"img_size": 32, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 4)}
+        | {"num_agents": (4, 9), "split_size": 2},
+    ),
     "agent_deit": Family("deit_agent_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4)),
     "agent_pvt": Family(
         "agent_pvt_tiny",

@@ -19,6 +19,9 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     "agent_swin_tiny": (28.90, 4.50),
     "agent_swin_small": (49.67, 8.70),
     "agent_swin_base": (88.10, 15.4),
+    "agent_cswin_tiny": (20.46, 4.29),
+    "agent_cswin_small": (32.81, 6.74),
+    "agent_cswin_base": (73.25, 14.87),
     # arXiv:2303.08810, table 2 and section 4.4, with the digits of the release
     "biformer_tiny": (13.14, 2.2),
     "biformer_small": (25.54, 4.46),

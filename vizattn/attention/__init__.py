@@ -23,6 +23,7 @@ from torch import nn
 from vizattn.attention.agent import AgentAttention, agent_attention, agent_weights
 from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_routing_attention
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
+from vizattn.attention.cross_shaped import CrossShapedAttention, stripe_attention
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
 from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
@@ -34,6 +35,7 @@ __all__ = [
     "AgentAttention",
     "BilevelRoutingAttention",
     "CascadedGroupAttention",
+    "CrossShapedAttention",
     "HaloAttention",
     "HaloAttention2d",
     "NeighborhoodAttention",
@@ -50,6 +52,7 @@ __all__ = [
     "na2d",
     "na3d",
     "softmax_attention",
+    "stripe_attention",
     "window_attention",
 ]
 
