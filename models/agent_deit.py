@@ -6,15 +6,16 @@ The model is `VisionTransformer`, the attention `vizattn.attention.AgentAttentio
 
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import generate_default_cfgs
 from torch import Tensor
 
-from vizattn.attention.agent import AgentAttention, resize_agent_tables
+from vizattn.attention.agent import resize_agent_tables
 
-from . import vit
 from ._build import build, glyphs_cfg, imagenet_cfg
-from ._checkpoint import unwrap
+from ._checkpoint import check_fit, unwrap
 from ._registry import register_sizes
+from .vit import VisionTransformer
 
 __all__: list[str] = []
 
@@ -61,22 +62,34 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def checkpoint_filter_fn(checkpoint: dict[str, Any], model: vit.VisionTransformer) -> dict[str, Tensor]:
-    """Fit released weights, whose keys are ours, to the grid of `model`.
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Fit released weights, whose keys are ours, to the grid and the patch size of `model`.
 
     Raises:
         VizattnError: The weights are of another model; what differs is named.
     """
     state_dict = unwrap(checkpoint)
-    for i, block in enumerate(model.blocks):
-        if isinstance(block.attn, AgentAttention):
-            resize_agent_tables(state_dict, model.patch_embed.grid_size, f"blocks.{i}.attn.")
-    return vit.checkpoint_filter_fn(state_dict, model)
+    grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
+    names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.ah_bias", "blocks.0.attn.aw_bias")
+    kernel, table, tall, wide = (state_dict.get(name) for name in names)
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != patch_size:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(patch_size))
+    if table is not None and tall is not None and wide is not None:  # the biases tell the map that all are for
+        state_dict["pos_embed"] = resample_abs_pos_embed(
+            table,
+            new_size=list(grid_size),
+            old_size=[tall.shape[3], wide.shape[4]],
+            num_prefix_tokens=model.num_embedded_prefix,
+        )
+    for i in range(len(model.blocks)):
+        resize_agent_tables(state_dict, grid_size, f"blocks.{i}.attn.")
+    check_fit(state_dict, model, adapted=("head.", "patch_embed.proj.weight"))
+    return state_dict
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> vit.VisionTransformer:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     return build(
-        vit.VisionTransformer,
+        VisionTransformer,
         name,
         pretrained,
         checkpoint_filter_fn,

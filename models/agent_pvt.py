@@ -211,7 +211,7 @@ class AgentPVT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that order the parameters from stem to head, for layer-wise learning rates."""
         return {
-            "stem": r"^stages\.0\.(patch_embed|pos_embed)",
+            "stem": r"^stages\.0\.(?:patch_embed|pos_embed)",
             "blocks": r"^stages\.(\d+)"
             if coarse
             else [

@@ -51,7 +51,7 @@ class TransformerBlock(nn.Module):
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: tuple[int, int] = (0, 0)) -> Tensor:
         """(B, N, C) -> (B, N, C). `grid_size` may be left out for an attention that does not use it."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid_size)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
