@@ -54,8 +54,9 @@ def read_weights(path: Path) -> dict[str, Any]:
     try:
         if kind == "safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, as torch goes by the name of a path.
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error)
         # Only torch tells it, in a sentence: "Unsupported global: GLOBAL posix.system was not an allowed global ..."

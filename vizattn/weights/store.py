@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
 
 from vizattn.errors import VizattnError, unknown
 from vizattn.files import explain_disk_errors
@@ -52,7 +52,7 @@ def release_of(cfg: PretrainedCfg) -> Release | None:
     if not (cfg.hf_hub_id or cfg.url):
         return None
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
-    registered = get_pretrained_cfg(name)
+    registered = get_arch_pretrained_cfgs(str(cfg.architecture)).get(name)
     address = (cfg.hf_hub_id, cfg.hf_hub_filename, cfg.url)
     if registered is None or address != (registered.hf_hub_id, registered.hf_hub_filename, registered.url):
         name += f"-{hashlib.sha256(repr(address).encode()).hexdigest()[:12]}"
@@ -76,10 +76,10 @@ def find(name: str) -> PretrainedCfg:
         VizattnError: There is no such backbone of ours, or it has no such weights.
     """
     names = release_names()
-    cfg = get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    full = f"{cfg.architecture}.{cfg.tag}" if cfg is not None else None
-    if full not in names or cfg is None:
-        raise unknown("weights", name, [*names, *{n.partition(".")[0] for n in names}], "vizattn weights list")
+    names += sorted({full.partition(".")[0] for full in names})
+    cfg = get_pretrained_cfg(name) if name in names else None
+    if cfg is None or f"{cfg.architecture}.{cfg.tag}" not in names:  # a name's default may be the one without weights
+        raise unknown("weights", name, names, "vizattn weights list")
     return cfg
 
 
