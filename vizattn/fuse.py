@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, ConvNormAct
+from timm.layers import BatchNormAct2d, Conv2dSame, ConvNormAct, NormMlpClassifierHead
 from torch import nn
 
 from vizattn.adapters.anatomy import core
@@ -28,8 +28,8 @@ def fuse(model: Model) -> Model:
 
     Folded are: a module with a method ``fuse()`` that returns its replacement (`vizattn.layers.ConvNorm` and the like,
     timm's too), a convolution and BatchNorm next to each other in a `nn.Sequential`, timm's `ConvNormAct` (activation
-    kept), and a BatchNorm1d before the linear layer of a `nn.Sequential`. A model with none of these stays as it is.
-    Parameters get other names where a module is replaced: load weights before.
+    kept), and BatchNorm before a linear classifier. A model with none of these stays as it is. Parameters get other
+    names where a module is replaced: load weights before.
 
     Args:
         model: A model in evaluation mode without adapters.
@@ -58,6 +58,10 @@ def _fused(module: Any) -> Any:
         if type(module.conv) in CONV and type(norm) is BatchNormAct2d and norm.running_mean is not None:
             fold_after(module.conv, norm)
             module.bn = nn.Sequential(norm.drop, norm.act)
+    elif isinstance(module, NormMlpClassifierHead):
+        if type(module.norm) in NORM and module.hidden_size is None and type(module.fc) is nn.Linear:
+            fold_before(module.norm, module.fc)
+            module.norm = nn.Identity()
     elif isinstance(module, nn.Sequential):
         _fuse_neighbours(module)
     return module
