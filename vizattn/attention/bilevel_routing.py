@@ -94,7 +94,9 @@ def bilevel_routing_attention(
     q, k, v = query[:, :, P:], key[:, :, G:], value[:, :, G:]
     routed = route(q, k, grid_size, region_size, topk)
 
-    if topk >= R * (0.2 if L <= 8 else 0.3) and max_masked >= H * W:
+    # On the meta device multiply-adds are counted: those of the definition, not the mask's few in a hundred more.
+    counted = query.device.type == "meta"
+    if topk >= R * (0.2 if L <= 8 else 0.3) and max_masked >= H * W and not counted:
         region_row = torch.arange(H, device=query.device) // rows
         region_column = torch.arange(W, device=query.device) // columns
         region = (region_row[:, None] * R_w + region_column).flatten()
