@@ -7,6 +7,7 @@ from .agent_swin import AgentSwin
 from .biformer import BiFormer
 from .efficientvit import EfficientViT
 from .halonet import HaloNet
+from .l2vit import L2ViT
 from .nat import NeighborhoodTransformer
 from .vit import VisionTransformer
 
@@ -17,6 +18,7 @@ __all__ = [
     "BiFormer",
     "EfficientViT",
     "HaloNet",
+    "L2ViT",
     "NeighborhoodTransformer",
     "VisionTransformer",
 ]

@@ -50,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     "biformer": Family("biformer_nano", {"depths": (2, 1, 1)}, strides=(2, 4, 8)),
     "efficientvit": Family("efficientvit_va_nano", {"depths": (1, 1, 1)}, strides=(2, 4, 8)),
     "halonet": Family("halonet_va_nano", {"depths": (1, 2, 1)}, strides=(2, 4, 8)),
+    "l2vit": Family("l2vit_nano", {"depths": (2, 1, 2)}, strides=(2, 4, 8)),
     "nat": Family("nat_nano", {"depths": (1, 2, 1), "dilations": 2}, strides=(2, 4, 8)),
     "vit": Family("vit_va_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4), dynamic_size=False),
 }

@@ -34,6 +34,10 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     "efficientvit_va_m3": (6.90, 0.263),
     "efficientvit_va_m4": (8.80, 0.299),
     "efficientvit_va_m5": (12.47, 0.522),
+    # arXiv:2501.16182, table 1 and table 3
+    "l2vit_tiny": (28.60, 4.69),
+    "l2vit_small": (50.20, 8.98),
+    "l2vit_base": (88.58, 15.81),
     # arXiv:2106.10270, table 2 (parameters); multiply-adds as timm's results list them
     "vit_va_tiny_patch16_224": (5.72, 1.26),
     "vit_va_small_patch16_224": (22.05, 4.61),

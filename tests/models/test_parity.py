@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "dinat_mini": ("dinat_mini", NAT),
     "efficientvit_m0": ("efficientvit_va_m0", EFFICIENTVIT),
     "efficientvit_m4": ("efficientvit_va_m4", EFFICIENTVIT),
+    "l2vit_tiny": ("l2vit_tiny", {"downsample_layers.0": "stem"}),
     "nat_mini": ("nat_mini", NAT),
     "timm_efficientvit_m0": ("efficientvit_va_m0", {"patch_embed": "stem"}),
     "timm_vit_tiny_patch16_224": ("vit_va_tiny_patch16_224", {}),

@@ -25,6 +25,7 @@ from vizattn.attention.bilevel_routing import BilevelRoutingAttention, bilevel_r
 from vizattn.attention.cascaded_group import CascadedGroupAttention, biased_attention
 from vizattn.attention.cross_shaped import CrossShapedAttention, stripe_attention
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
+from vizattn.attention.linear import LinearAttention, LocalConcentration, linear_attention
 from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
 from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
 from vizattn.attention.window import WindowAttention, window_attention
@@ -38,6 +39,8 @@ __all__ = [
     "CrossShapedAttention",
     "HaloAttention",
     "HaloAttention2d",
+    "LinearAttention",
+    "LocalConcentration",
     "NeighborhoodAttention",
     "SoftmaxAttention",
     "WindowAttention",
@@ -48,6 +51,7 @@ __all__ = [
     "biased_attention",
     "bilevel_routing_attention",
     "halo_attention",
+    "linear_attention",
     "na1d",
     "na2d",
     "na3d",
@@ -60,6 +64,7 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "bilevel_routing": BilevelRoutingAttention,
     "halo": HaloAttention,
+    "linear": LinearAttention,
     "neighborhood": NeighborhoodAttention,
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
