@@ -284,5 +284,7 @@ class BilevelRoutingAttention(nn.Module):
         x = bilevel_routing_attention(
             query, key, value, (H, W), region_size, self.topk, scale=self.scale, dropout_p=dropout_p
         )
-        x = x.transpose(1, 2).reshape(B, N, C) + F.pad(local, (0, 0, N - H * W, 0))
+        if N > H * W:  # no convolution for the prefix tokens
+            local = F.pad(local, (0, 0, N - H * W, 0))
+        x = x.transpose(1, 2).reshape(B, N, C) + local
         return self.proj_drop(self.proj(x))
