@@ -39,8 +39,9 @@ def linear_attention(
     """
     if torch.jit.is_scripting():
         return _linear_attention(query, key, value, temperature, min_sum)
-    if torch.is_autocast_enabled(query.device.type):
-        with torch.autocast(query.device.type, enabled=False):
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
             return _linear_attention(query, key, value, temperature, min_sum)
     return _linear_attention(query, key, value, temperature, min_sum)
 
