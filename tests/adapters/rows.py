@@ -85,6 +85,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "window_size": 5,
         },
     ),
+    "agent_cswin": (
+        "agent_cswin_tiny",
+        {
+            "img_size": 32,
+            "embed_dim": 8,
+            "depths": (1, 1, 1),
+            "num_heads": (2, 2, 2),
+            "agent_stages": 1,
+            "num_agents": (4,),
+            "split_size": 3,
+        },
+    ),
+    "l2vit": (
+        "l2vit_nano",
+        {"embed_dims": (16, 24, 32), "depths": (2, 1, 2), "num_heads": (2, 2, 2), "window_size": 3},
+    ),
     "halonet": (
         "halonet_va_nano",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "stem_dim": 16, "final_dim": 40},
@@ -92,7 +108,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientvit": ("efficientvit_va_nano", {"embed_dims": (16, 24, 32), "depths": (1, 1, 1), "num_heads": (2, 3, 2)}),
 }
 
-PYRAMIDS = {"swin", "swinv2", "nat", "agent_pvt", "agent_swin", "biformer", "halonet", "efficientvit"}
+PYRAMIDS = {
+    "swin",
+    "swinv2",
+    "nat",
+    "agent_pvt",
+    "agent_swin",
+    "agent_cswin",
+    "l2vit",
+    "biformer",
+    "halonet",
+    "efficientvit",
+}
 
 #: What does not attach: method row -> model rows.
 REFUSED = {
