@@ -323,11 +323,15 @@ def _check_keys(folder: Any, expected: dict[str, Tensor], state: dict[str, Tenso
         raise VizattnError(f"{folder} does not fit this model: {'; '.join(differences[:3])}{more}.")
 
 
-def create_from_bundle(folder: str | os.PathLike[str]) -> nn.Module:
+def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> nn.Module:
     """The backbone of a bundle, created by timm with its pretrained weights, with the adapters loaded, in eval mode.
 
+    Args:
+        folder: The bundle.
+        weights: A file with the backbone's pretrained weights; by default timm gets them.
+
     Raises:
-        VizattnError: as `load_adapter`, or timm does not know the backbone.
+        VizattnError: as `load_adapter`, or timm does not know the backbone, or the bundle holds all weights itself.
     """
     config = read_bundle(folder)
     backbone = config["backbone"]
@@ -345,9 +349,16 @@ def create_from_bundle(folder: str | os.PathLike[str]) -> nn.Module:
             f"the model with them and call vizattn.load_adapter."
         )
     frozen = not any(METHODS[a["method"]].trains_backbone for a in config["adapters"])
+    overlay: dict[str, Any] = {}
+    if weights is not None:
+        if not frozen:
+            raise VizattnError(f"{folder} holds all weights of its backbone: it takes none from {weights}.")
+        if not Path(weights).is_file():
+            raise VizattnError(f"There is no file of weights {weights}.")
+        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
     try:
         model = timm.create_model(
-            _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"]
+            _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"], **overlay
         )
     except Exception as error:
         raise VizattnError(

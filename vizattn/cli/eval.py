@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained", action="store_true", help="measure the recipe's backbone with its published weights and head"
     )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="with --pretrained or --bundle: the backbone's published weights, got by hand"
+    )
     parser.add_argument("--data", metavar="DIR", help="a folder of images, one sub-folder a class")
     parser.add_argument(
         "--split", help="train, val or test (default: test; all images where --data has no split folders)"
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or JSON."""
     from vizattn.data.folder import has_split_folders
-    from vizattn.engine import as_published, evaluate, load_recipe
+    from vizattn.engine import Trained, as_published, evaluate, load_recipe, load_trained
     from vizattn.engine.config import parse_overrides
     from vizattn.engine.recipes import find_recipe
     from vizattn.engine.runner import is_main_process
@@ -44,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.trained is None) == (args.bundle is None) or (args.pretrained and args.bundle):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
-    trained = as_published(load_recipe(find_recipe(args.trained))) if args.pretrained else _find(args)
+    trained: Trained
+    if args.pretrained:
+        trained = as_published(load_recipe(find_recipe(args.trained)), args.weights)
+    else:
+        trained = load_trained(_find(args), args.weights)
     name = args.trained or args.bundle
     overrides = {"amp": args.amp} if args.amp else {}
     if args.data is not None:

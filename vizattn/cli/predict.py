@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bundle", required=True, type=Path, help="a bundle, or the work directory or a checkpoint of a run"
     )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the pretrained weights of the bundle's backbone, got by hand"
+    )
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.engine.evaluate import load_trained
 
     paths = expand(args.images)
-    trained = load_trained(args.bundle)
+    trained = load_trained(args.bundle, args.weights)
     model = trained.model.to(choose_device(args.device))
     transform = build_transforms(trained.preprocessing, train=False)
     results = []

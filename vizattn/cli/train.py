@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="set options of the recipe, as in optimizer.lr=0.001 adapter.num_tokens=16",
     )
+    parser.add_argument("--weights", metavar="FILE", help="begin with these pretrained weights, got by hand")
     parser.add_argument("--work-dir", metavar="DIR", help="where everything goes (default: work_dirs/<recipe>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
     parser.add_argument("--amp", choices=["bf16"], help="compute in bfloat16 autocast, on CPU too")
@@ -34,12 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that the command line sets."""
+    from vizattn.engine.build import weights_options
     from vizattn.engine.config import parse_overrides
 
     named = {"amp": args.amp, "seed": args.seed, "schedule.epochs": args.epochs}
     overrides = {name: value for name, value in named.items() if value is not None}
     if args.data is not None:
         overrides |= {"data.name": "folder", "data.root": args.data}
+    if args.weights is not None:
+        overrides |= weights_options(args.weights)
     return overrides | parse_overrides(args.cfg_options)
 
 

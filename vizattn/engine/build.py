@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "make_loader",
     "model_preprocessing",
     "set_transforms",
+    "weights_options",
 ]
 
 OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -159,6 +161,19 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> nn.Module:
     return model
 
 
+def weights_options(file: str | Path | None) -> dict[str, Any]:
+    """The recipe's options for pretrained weights, from `file` where one is given.
+
+    Raises:
+        VizattnError: There is no such file.
+    """
+    if file is None:
+        return {"model.pretrained": True}
+    if not Path(file).is_file():
+        raise VizattnError(f"There is no file of weights {file}.")
+    return {"model.pretrained": True, "model.pretrained_cfg_overlay": {"file": str(Path(file).resolve())}}
+
+
 def _check_rebuildable(model: Mapping[str, Any], methods: Sequence[str]) -> None:
     """A bundle holds what was trained and names the rest, so the frozen weights must be ones that timm can find."""
     from vizattn.adapters import METHODS
@@ -175,8 +190,9 @@ def _check_rebuildable(model: Mapping[str, Any], methods: Sequence[str]) -> None
         return
     raise VizattnError(
         f"The adapter {methods[0]!r} keeps the backbone frozen, and its bundle names the backbone without holding it, "
-        f"which cannot be with {problem}. Use a name that timm lists with model.pretrained=True, or train and save "
-        "the whole model with adapter=dict(method='full')."
+        f"which cannot be with {problem}. Use a name that timm lists with model.pretrained=True (a published file "
+        "got by hand becomes its own by: vizattn weights fetch NAME --from FILE), or train and save the whole model "
+        "with adapter=dict(method='full')."
     )
 
 

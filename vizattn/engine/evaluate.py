@@ -22,6 +22,7 @@ from vizattn.engine.build import (
     make_loader,
     model_preprocessing,
     set_transforms,
+    weights_options,
 )
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint
 from vizattn.engine.config import apply_overrides, resolve_config
@@ -120,20 +121,27 @@ def _without_weights(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "pretrained": False}
 
 
-def load_trained(folder: str | Path) -> Trained:
+def load_trained(folder: str | Path, weights: str | Path | None = None) -> Trained:
     """The model that a run exported, in evaluation mode: from a bundle, a model folder, or a run's work directory.
 
     Of a run that did not end, the best checkpoint or else the newest; any checkpoint file may be named, too.
+
+    Args:
+        folder: What was trained.
+        weights: For a bundle, a file with the pretrained weights of its backbone; by default they are fetched.
 
     Raises:
         VizattnError: None of these, or what is there does not fit together.
     """
     folder = Path(folder)
-    if folder.is_file():
-        return _load_checkpoint(folder)
     for place in (folder, folder / "bundle", folder / "model"):
         if (place / "adapter_config.json").is_file():
-            return _load_bundle(place)
+            return _load_bundle(place, weights)
+    if weights is not None:
+        raise VizattnError(f"There is no bundle in {folder}, and only a bundle lacks weights of its backbone.")
+    if folder.is_file():
+        return _load_checkpoint(folder)
+    for place in (folder, folder / "model"):
         if (place / "model.json").is_file():
             return _load_model(place)
     best = folder / "checkpoints" / "best.pth"
@@ -146,13 +154,13 @@ def load_trained(folder: str | Path) -> Trained:
     )
 
 
-def _load_bundle(folder: Path) -> Trained:
+def _load_bundle(folder: Path, weights: str | Path | None) -> Trained:
     from vizattn.adapters import create_from_bundle, read_bundle
 
     bundle = read_bundle(folder)
     if not bundle.get("class_names"):
         raise VizattnError(f"The bundle {folder} carries no class names: save it with class_names=...")
-    model = create_from_bundle(folder)
+    model = create_from_bundle(folder, weights)
     return Trained(model, bundle["class_names"], bundle["preprocessing"], (bundle.get("metadata") or {}).get("config"))
 
 
@@ -200,13 +208,17 @@ def _load_checkpoint(path: Path) -> Trained:
     return Trained(model.eval(), state["class_names"], state["preprocessing"], config)
 
 
-def as_published(recipe: Mapping[str, Any]) -> Trained:
+def as_published(recipe: Mapping[str, Any], weights: str | Path | None = None) -> Trained:
     """The recipe's backbone with the weights and the head it is published with, nothing trained here.
+
+    Args:
+        recipe: As read from its file.
+        weights: The published file, where it is here already.
 
     Raises:
         VizattnError: Its weights cannot be had, or their head has not the classes of the recipe's data.
     """
-    config = resolve_config(apply_overrides(recipe, {"adapter": None, "model.pretrained": True}))
+    config = resolve_config(apply_overrides(recipe, {"adapter": None, **weights_options(weights)}))
     class_names = build_data(config["data"], ["test"]).class_names
     model = build_model(config, len(class_names)).eval()
     published = model.pretrained_cfg["num_classes"]  # type: ignore[index]
