@@ -242,9 +242,10 @@ class EfficientViT(nn.Module):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=nn.BatchNorm2d, **dd
         )
-        if num_classes > 0:
-            trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+        fc = self.head.fc
+        if isinstance(fc, nn.Linear):
+            trunc_normal_(fc.weight, std=0.02)
+            nn.init.zeros_(fc.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
