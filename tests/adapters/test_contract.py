@@ -37,6 +37,12 @@ def test_every_method_has_a_row():
     assert {name for name, _ in METHODS.values()} == set(list_adapters())
 
 
+def test_every_family_of_ours_has_a_row():
+    ours = {timm.model_entrypoint(name).__module__ for name in timm.list_models()}
+    rows = {timm.model_entrypoint(name).__module__ for name, _ in MODELS.values()}
+    assert {module for module in ours if module.startswith("vizattn")} <= rows
+
+
 @each
 def test_one_training_step(method, row):
     """Frozen weights keep every bit, every trainable parameter gets a finite gradient, and what is added learns."""
