@@ -261,10 +261,11 @@ def test_probing_with_and_without_the_class_token():
         vizattn.attach(create("siglip"), "efficient_probing", num_queries=4, include_cls=True)
 
 
-def test_methods_that_compose():
+@pytest.mark.parametrize("row", ["vit", "nat"])
+def test_methods_that_compose(row):
     x = images()
     for first, second in (("vpt", "efficient_probing"), ("apla", "efficient_probing"), ("vpt", "apla")):
-        model = create("vit")
+        model = create(row)
         options = {"vpt": {"num_tokens": 2}, "apla": {"num_rows": 4}, "efficient_probing": {"num_queries": 4}}
         vizattn.attach(model, first, **options[first])
         vizattn.attach(model, second, **options[second])
@@ -277,11 +278,11 @@ def test_methods_that_compose():
         with torch.no_grad():
             before = model(x)
             with vizattn.disabled(model):
-                assert torch.equal(model(x), create("vit")(x))
+                assert torch.equal(model(x), create(row)(x))
             assert torch.equal(model(x), before)
         vizattn.detach(model)
         with torch.no_grad():
-            assert torch.equal(model(x), create("vit")(x))
+            assert torch.equal(model(x), create(row)(x))
 
 
 def test_adapters_that_do_not_compose_are_refused():
