@@ -18,14 +18,26 @@ from vizattn.errors import VizattnError
 __all__ = ["HaloAttention", "HaloAttention2d", "halo_attention"]
 
 
+def _axis_windows(blocks: int, block_size: int, halo_size: int, device: torch.device) -> Tensor:
+    """(n, w): the positions of each block's neighborhood on an axis that begins with the first block."""
+    first = torch.arange(blocks, device=device) * block_size - halo_size
+    return first.unsqueeze(1) + torch.arange(block_size + 2 * halo_size, device=device)
+
+
 def _windows(x: Tensor, block_size: int, halo_size: int, n: int, m: int) -> Tensor:
-    """(B, h, H, W, d) -> (B * h * n * m, w * w, d): the neighborhoods of all blocks, zeros outside the map."""
-    height, width = x.shape[2], x.shape[3]
-    window = block_size + 2 * halo_size
-    right, bottom = m * block_size - width + halo_size, n * block_size - height + halo_size
+    """(B, h, H, W, d) -> (B * h * n * m, w * w, d): the neighborhoods of all blocks, zeros outside the map.
+
+    Looked up like words, because the backward pass of `Tensor.unfold` takes ten times longer than that of a look-up.
+    """
+    B, h, H, W, d = x.shape
+    right, bottom = m * block_size - W + halo_size, n * block_size - H + halo_size
     x = F.pad(x, [0, 0, halo_size, right, halo_size, bottom])
-    x = x.unfold(2, window, block_size).unfold(3, window, block_size)  # a view: (B, h, n, m, d, w, w)
-    return x.permute(0, 1, 2, 3, 5, 6, 4).reshape(-1, window * window, x.shape[4])
+    height, width = x.shape[2], x.shape[3]
+    rows = (_axis_windows(n, block_size, halo_size, x.device) + halo_size) * width
+    columns = _axis_windows(m, block_size, halo_size, x.device) + halo_size
+    pixels = (rows.view(n, 1, -1, 1) + columns.view(m, 1, -1)).view(n * m, -1)
+    maps = torch.arange(B * h, device=x.device) * (height * width)
+    return F.embedding((maps.view(-1, 1, 1) + pixels).flatten(0, 1), x.reshape(-1, d))
 
 
 def _relative_logits(query: Tensor, table: Tensor, window: int, stride: int) -> Tensor:
@@ -37,13 +49,6 @@ def _relative_logits(query: Tensor, table: Tensor, window: int, stride: int) -> 
     logits = query.reshape(-1, query.shape[-1]) @ table.transpose(0, 1)
     logits = logits.view(list(query.shape[:-1]) + [-1])  # noqa: RUF005 (TorchScript)
     return logits.gather(-1, offsets.expand(list(logits.shape[:-1]) + [window]))  # noqa: RUF005 (TorchScript)
-
-
-def _outside(size: int, blocks: int, block_size: int, halo_size: int, device: torch.device) -> Tensor:
-    """(n, w): which keys of the neighborhoods along an axis of `size` lie outside the map."""
-    first = torch.arange(blocks, device=device) * block_size - halo_size
-    keys = first.unsqueeze(1) + torch.arange(block_size + 2 * halo_size, device=device)
-    return (keys < 0) | (keys >= size)
 
 
 def halo_attention(
@@ -84,13 +89,13 @@ def halo_attention(
     query = F.pad(query, [0, 0, 0, m * q - columns, 0, n * q - rows])
     query = query.reshape(B, h, n, q, m, q, d).transpose(3, 4)  # (B, h, n, m, q, q, d)
 
-    vertical = _relative_logits(query.transpose(4, 5), height_rel, window, stride).transpose(4, 5)
+    vertical = _relative_logits(query.transpose(4, 5), height_rel, window, stride).transpose(4, 5).contiguous()
     horizontal = _relative_logits(query, width_rel, window, stride)
     if mask_padding:
-        above_below = _outside(H, n, block_size, halo_size, query.device)
-        vertical = vertical.masked_fill(above_below.view(n, 1, 1, 1, window), float("-inf"))
-        left_right = _outside(W, m, block_size, halo_size, query.device)
-        horizontal = horizontal.masked_fill(left_right.view(m, 1, 1, window), float("-inf"))
+        y = _axis_windows(n, block_size, halo_size, query.device).view(n, 1, 1, 1, window)
+        vertical = vertical.masked_fill((y < 0) | (y >= H), float("-inf"))
+        x = _axis_windows(m, block_size, halo_size, query.device).view(m, 1, 1, window)
+        horizontal = horizontal.masked_fill((x < 0) | (x >= W), float("-inf"))
     bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).reshape(-1, q * q, window * window)
 
     key = _windows(key, block_size, halo_size, n, m)
@@ -103,12 +108,13 @@ def halo_attention(
         key = torch.cat([key, extra_key.reshape(-1, E, d)], dim=1)
         value = torch.cat([value, extra_value.reshape(-1, E, value.shape[-1])], dim=1)
         bias = F.pad(bias, [0, E])
-    logits = torch.baddbmm(bias, query.reshape(-1, q * q, d), key.transpose(1, 2), alpha=d**-0.5)
+    query = (query * d**-0.5).reshape(-1, q * q, d)
+    # In place: the logits are by far the largest tensor. Autocast leaves it alone, so the types are made to match here.
+    logits = bias.baddbmm_(query.to(bias.dtype), key.to(bias.dtype).transpose(1, 2))
     weights = logits.softmax(dim=-1)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
-    x = weights @ value
-    x = x.view(B, h, n, m, q, q, -1).transpose(3, 4).reshape(B, h, n * q, m * q, -1)
+    x = (weights @ value).view(B, h, n, m, q, q, -1).transpose(3, 4).reshape(B, h, n * q, m * q, -1)
     return x[:, :, :rows, :columns]
 
 
@@ -271,8 +277,8 @@ class HaloAttention2d(nn.Module):
         self.stride = stride
         self.mask_padding = mask_padding
 
-        self.q = nn.Conv2d(dim, dim, 1, stride, bias=False, **dd)
-        self.kv = nn.Conv2d(dim, dim + value_dim, 1, bias=False, **dd)  # of each head: its keys, then its values
+        self.q = nn.Linear(dim, dim, bias=False, **dd)
+        self.kv = nn.Linear(dim, dim + value_dim, bias=False, **dd)  # of each head: its keys, then its values
         self.height_rel = nn.Parameter(torch.empty(positions, self.head_dim, **dd))
         self.width_rel = nn.Parameter(torch.empty(positions, self.head_dim, **dd))
         self.attn_drop = nn.Dropout(attn_drop)
@@ -281,9 +287,11 @@ class HaloAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, value_ratio * C, ceil(H / stride), ceil(W / stride)), channels last in memory."""
-        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)
+        x = x.permute(0, 2, 3, 1)
+        kv = self.kv(x).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)
+        query = self.q(x[:, :: self.stride, :: self.stride])
         x = halo_attention(
-            self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim)).permute(0, 3, 1, 2, 4),
+            query.unflatten(-1, (self.num_heads, self.head_dim)).permute(0, 3, 1, 2, 4),
             kv[..., : self.head_dim],
             kv[..., self.head_dim :],
             self.height_rel,
