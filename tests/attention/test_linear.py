@@ -87,9 +87,10 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype, autocast: bool) ->
     torch.manual_seed(0)
     query, key, value = (torch.rand(1, 2, n, 8) + 3 for n in (5, 30_000, 30_000))
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    expected = linear_attention(query.double(), key.double(), value.double(), 0.5)
+    temperature = torch.tensor([0.5, 2.0]).view(2, 1, 1)
+    expected = linear_attention(query.double(), key.double(), value.double(), temperature)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        output = linear_attention(query, key, value, 0.5)
+        output = linear_attention(query, key, value, temperature)
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, rtol=2e-3 if dtype == torch.float16 else 2e-2, atol=0.0)
 

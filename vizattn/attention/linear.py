@@ -21,7 +21,7 @@ __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
 
 
 def linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | float = 1.0, min_sum: float = 100.0
+    query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None = None, min_sum: float = 100.0
 ) -> Tensor:
     """temperature * sum_m w(n, m) value(m) / max(sum_m w(n, m), min_sum), with w = ReLU(query) . ReLU(key).
 
@@ -31,7 +31,7 @@ def linear_attention(
         query: (B, h, N, d).
         key: (B, h, M, d).
         value: (B, h, M, e).
-        temperature: (h, 1, 1), or a number.
+        temperature: A factor a head, (h, 1, 1); none if None.
         min_sum: Sums of weights below this one are replaced by it; with few tokens, that is most of them.
 
     Returns:
@@ -39,17 +39,20 @@ def linear_attention(
     """
     if torch.jit.is_scripting():
         return _linear_attention(query, key, value, temperature, min_sum)
-    device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return _linear_attention(query, key, value, temperature, min_sum)
-    return _linear_attention(query, key, value, temperature, min_sum)
+    else:
+        device_type = query.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _linear_attention(query, key, value, temperature, min_sum)
+        return _linear_attention(query, key, value, temperature, min_sum)
 
 
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | float, min_sum: float) -> Tensor:
-    wide = torch.promote_types(value.dtype, torch.float32)
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     query, key = F.relu(query.to(wide)), F.relu(key.to(wide))
-    context = key.transpose(-2, -1) @ value.to(wide) * temperature
+    context = key.transpose(-2, -1) @ value.to(wide)
+    if temperature is not None:
+        context = context * temperature
     total = query @ key.sum(dim=2).unsqueeze(-1)  # (B, h, N, 1)
     return (query @ context / total.clamp(min=min_sum)).to(value.dtype)
 
