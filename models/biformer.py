@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vizattn.attention import BilevelRoutingAttention
 from vizattn.errors import VizattnError
-from vizattn.layers import ConvNorm, LayerNorm
+from vizattn.layers import ConvNorm, LayerNorm, Linear
 
 from ._build import build, glyphs_cfg, imagenet_cfg
 from ._checkpoint import check_fit, unwrap
@@ -59,10 +59,10 @@ class LePEAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=False, **dd)
+        self.qkv = Linear(dim, dim * 3, bias=False, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +115,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp.fc1, self.mlp.fc2 = Linear(dim, int(dim * mlp_ratio), **dd), Linear(int(dim * mlp_ratio), dim, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vizattn.errors import VizattnError
+from vizattn.layers import Linear
 
 __all__ = ["BilevelRoutingAttention", "bilevel_routing_attention", "route"]
 
@@ -245,12 +246,12 @@ class BilevelRoutingAttention(nn.Module):
         self.n_win = n_win
         self.region_size = region_size
 
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
