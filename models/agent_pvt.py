@@ -15,6 +15,7 @@ from timm.layers import (
     ClassifierHead,
     PatchEmbed,
     calculate_drop_path_rates,
+    get_device_dtype,
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
@@ -236,7 +237,7 @@ class AgentPVT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type, device, mode, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -267,6 +268,7 @@ class AgentPVT(nn.Module):
         take_indices, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if prune_head:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return take_indices
 

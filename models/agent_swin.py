@@ -14,7 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -245,7 +253,7 @@ class AgentSwin(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type, device, mode, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -279,6 +287,7 @@ class AgentSwin(nn.Module):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return take_indices
 
