@@ -188,6 +188,17 @@ def test_partial_linear_gradients(d_in, d_out, rows, bias, conv, seed):
     assert torch.autograd.gradcheck(lambda x: partial(x), (x,))
 
 
+def test_partial_linear_keeps_the_layers_own_way_in_inference():
+    class Rounded(nn.Linear):
+        def forward(self, input):
+            return nn.functional.linear(input, self.weight, self.bias).round(decimals=1)
+
+    layer, x = Rounded(4, 4), torch.randn(3, 4)
+    partial = PartialLinear(layer, torch.tensor([1, 2]))
+    with torch.no_grad():
+        assert torch.equal(partial(x), layer(x))
+
+
 @given(dim=st.sampled_from([4, 8, 24]), tokens=st.integers(1, 7), batch=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_two_key_attention_is_softmax_attention(dim, tokens, batch, seed):

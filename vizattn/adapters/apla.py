@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,7 @@ class PartialLinear(nn.Module):
         super().__init__()
         self.weight: Tensor = linear.weight
         self.bias: Tensor | None = linear.bias
+        self.kind = type(linear)
         indices = indices.to(linear.weight.device)
         self.indices: Tensor
         self.register_buffer("indices", indices)
@@ -86,13 +87,19 @@ class PartialLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
-        if not torch.is_grad_enabled():
-            return _apply(x, *self.merged())
+        if not torch.is_grad_enabled():  # the layer's own way in inference: no bit changes by attaching or merging
+            merged = _Merged(*self.merged())
+            return _apply(x, *merged) if merged.weight.ndim == 4 else self.kind.forward(merged, x)  # type: ignore[arg-type]
         tensors = (x, self.weight.detach(), self.rows, self.bias, self.row_bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(t if t is None else t.to(dtype) for t in tensors)  # type: ignore[assignment]
         return _TrainedRows.apply(*tensors, self.indices)
+
+
+class _Merged(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
