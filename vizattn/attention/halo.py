@@ -44,7 +44,7 @@ def _relative_logits(query: Tensor, table: Tensor, window: int, stride: int) -> 
     """(..., q, d) with q query positions of a block along an axis -> (..., q, w): products with the table's rows."""
     positions = torch.arange(query.shape[-2], device=query.device) * stride
     keys = torch.arange(window, device=query.device)
-    offsets = keys - positions.unsqueeze(1) + window - 1  # of key minus query, the lowest possible being 0
+    offsets = keys - positions.unsqueeze(1) + window - 1  # rows of the table
     # As one product of matrices: left to itself, torch copies a frozen table for every row of every block.
     logits = query.reshape(-1, query.shape[-1]) @ table.transpose(0, 1)
     logits = logits.view(list(query.shape[:-1]) + [-1])  # noqa: RUF005 (TorchScript)
@@ -70,7 +70,8 @@ def halo_attention(
         query: (B, h, ceil(H / stride), ceil(W / stride), d): of every stride-th row and column, from the first.
         key: (B, h, H, W, d).
         value: (B, h, H, W, e).
-        height_rel: (2 * w - 1, d): a row for each vertical offset of key to query, from -(w - 1) to w - 1.
+        height_rel: (2 * w - 1, d): row r is for keys that lie r - (w - 1) - halo_size below the query. The first
+            2 * halo_size rows are out of reach; published layers have them.
         width_rel: (2 * w - 1, d): the same for horizontal offsets.
         block_size: Height and width b of a block, in pixels of the keys' map; `stride` must divide it.
         halo_size: How far a block sees beyond its border.
