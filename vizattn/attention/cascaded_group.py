@@ -60,7 +60,8 @@ class CascadedGroupAttention(nn.Module):
     convolution; a bias by distance is added to the scores. All heads' outputs pass ReLU and the output projection.
 
     A map is cut into the fewest windows of at most r x r, all of one size; the last ones are filled up with positions
-    that nobody sees. Biases belong to distances, so windows of any size use entries of the one table.
+    that nobody sees (though in training they count in the statistics of the norms here). Biases belong to distances, so
+    windows of any size use entries of the one table.
     It works on maps alone: there are no prefix tokens and no further keys and values.
 
     Args:
@@ -123,7 +124,7 @@ class CascadedGroupAttention(nn.Module):
         B, H, W, C = x.shape
         N = H * W
         if valid is not None:
-            bias = bias[:, None].masked_fill(valid.view(B, 1, N) == 0, float("-inf"))
+            bias = bias[:, None].masked_fill(valid.reshape(B, 1, N) == 0, float("-inf"))
         parts = x.reshape(B * N, C).chunk(self.num_heads, dim=1)
         part = parts[0]
         outputs: list[Tensor] = []
