@@ -299,6 +299,16 @@ def test_the_next_address_is_tried(server: Server, target: Path, caplog: Any) ->
         download(urls, target, KNOWN, "w", QUICK)
 
 
+def test_a_login_in_an_address_is_used_and_not_told(server: Server, target: Path, caplog: Any) -> None:
+    url = server.url.replace("://", "://me:secret@")
+    server.script = [Answer(cut=10), Answer(503)]
+    source, _ = download([f"{url}/gone.pth", f"{url}/w.pth"], target, KNOWN, "w", QUICK)
+    assert source == f"{server.url}/w.pth" and server.requests[0][1]["Authorization"].startswith("Basic ")
+    with pytest.raises(VizattnError, match="404") as caught:
+        download([f"{url}/gone.pth"], target, KNOWN, "w", QUICK)
+    assert "Trying" in caplog.text and "secret" not in caplog.text + str(caught.value)
+
+
 def test_a_proxy_of_the_environment_is_used(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The address names a host that does not exist; the proxy, our server, has the file."""
     server.files["http://weights.invalid/w.pth"] = DATA

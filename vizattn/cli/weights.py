@@ -1,4 +1,8 @@
-"""List, fetch, verify and convert released weights. `pretrained=True` fetches by itself what it needs."""
+"""List, fetch, verify and convert released weights. `pretrained=True` fetches by itself what it needs.
+
+Environment: VIZATTN_HOME, the folder of the cache; VIZATTN_MIRROR, an address that has the files and is tried first;
+VIZATTN_LOCK, the file that remembers which files are trusted; for the Hugging Face hub HF_ENDPOINT and HF_HUB_OFFLINE.
+"""
 
 from __future__ import annotations
 

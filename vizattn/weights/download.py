@@ -23,7 +23,7 @@ from vizattn.weights.progress import shown
 from vizattn.weights.reading import check_is_weights
 from vizattn.weights.trust import Trusted
 
-__all__ = ["PATIENCE", "Patience", "download", "sha256_of"]
+__all__ = ["PATIENCE", "Patience", "download", "sha256_of", "without_login"]
 
 logger = logging.getLogger("vizattn")
 
@@ -75,7 +75,7 @@ def download(
         patience: How long to try.
 
     Returns:
-        The address and the file's SHA-256.
+        The address, without a login in it, and the file's SHA-256.
 
     Raises:
         VizattnError: No address gave the file; it says why, for each.
@@ -85,12 +85,19 @@ def download(
     for url in urls:
         try:
             with shown(title) as show:
-                return url, _Download(url, target, trusted, patience or PATIENCE, show).run()
+                return without_login(url), _Download(url, target, trusted, patience or PATIENCE, show).run()
         except _Never as error:
-            reasons.append(f"{url}: {error}.")
+            reasons.append(f"{without_login(url)}: {error}.")
             if url != urls[-1]:
-                logger.warning("%s Trying %s instead.", reasons[-1], urls[-1])
+                logger.warning("%s Trying %s instead.", reasons[-1], without_login(urls[-1]))
     raise VizattnError(" ".join(reasons))
+
+
+def without_login(url: str) -> str:
+    """An address to show and to store: without ``user:password@``."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
 def sha256_of(path: Path) -> str:
@@ -128,7 +135,7 @@ class _Download:
             except KeyboardInterrupt:
                 kept = self._resumable()[0]
                 then = f"{kept / 1e6:.1f} MB are kept, the next call goes on there" if kept else "nothing is kept"
-                logger.warning("Stopped fetching %s; %s.", self.url, then)
+                logger.warning("Stopped fetching %s; %s.", without_login(self.url), then)
                 raise
 
     def _persist(self, session: Any) -> str:
@@ -145,7 +152,7 @@ class _Download:
                 pause = self.patience.pause * 2 ** (failures - 1) if error.pause is None else error.pause
                 if pause > self.patience.longest:
                     raise _Never(f"{error}; the server asks to come back in {pause:.0f} s") from error
-                logger.warning("%s: %s. Trying again in %.0f s.", self.url, error, pause)
+                logger.warning("%s: %s. Trying again in %.0f s.", without_login(self.url), error, pause)
                 time.sleep(pause)
 
     def _receive(self, session: Any) -> None:
@@ -177,7 +184,7 @@ class _Download:
         """Where the body belongs in the part; None if the part is whole already."""
         status, headers = response.status_code, response.headers
         if self.url.startswith("https:") and not response.url.startswith("https:"):
-            raise _Never(f"it redirects to an address without encryption, {response.url}")
+            raise _Never(f"it redirects to an address without encryption, {without_login(response.url)}")
         if status == 416 and offset:
             if headers.get("Content-Range") == f"bytes */{offset}":
                 self.resumed = True
@@ -252,7 +259,7 @@ class _Download:
         note: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
             note = json.loads(self.note.read_text(encoding="utf-8"))
-        validator = note.get("validator") if note.get("url") == self.url else None
+        validator = note.get("validator") if note.get("url") == without_login(self.url) else None
         return (self._arrived() if validator or self.trusted.sha256 else 0), validator
 
     def _remember(self, headers: Any) -> None:
@@ -260,7 +267,7 @@ class _Download:
         strong = etag if etag.startswith('"') else None  # If-Range takes no weak ones
         validator = strong or headers.get("Last-Modified")
         self.part.unlink(missing_ok=True)
-        write_text(self.note, json.dumps({"url": self.url, "validator": validator}))
+        write_text(self.note, json.dumps({"url": without_login(self.url), "validator": validator}))
 
     def _discard(self) -> None:
         for path in (self.part, self.note):

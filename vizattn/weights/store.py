@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from vizattn.errors import VizattnError, unknown
 from vizattn.files import explain_disk_errors
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
-from vizattn.weights.download import Patience, download, sha256_of
+from vizattn.weights.download import Patience, download, sha256_of, without_login
 from vizattn.weights.hub import hub_file
 from vizattn.weights.place import cache_folder, cached_file, locked
 from vizattn.weights.reading import read_weights
@@ -107,7 +107,7 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
         if not again and given is None and _usable(target, release):  # another process was faster
             return target
         right = trusted(release.key)
-        path, source = (given, str(given)) if given else _obtain(release, right, patience)
+        path, source = (given, given.name) if given else _obtain(release, right, patience)
         ours = path.is_relative_to(cache_folder())
         size, sha256 = path.stat().st_size, sha256_of(path)
         right.check(str(path), size, sha256)
@@ -166,7 +166,7 @@ def _obtain(release: Release, right: Trusted, patience: Patience | None) -> tupl
     try:
         if urls or release.url:
             urls += [release.url] if release.url else []
-            logger.info("Fetching the weights %s from %s.", release.key, urls[0])
+            logger.info("Fetching the weights %s from %s.", release.key, without_login(urls[0]))
             return target, download(urls, target, right, release.file_name, patience)[0]
     except VizattnError as error:
         reasons.append(str(error))
