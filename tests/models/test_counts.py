@@ -34,6 +34,13 @@ PUBLISHED: dict[str, tuple[float, float]] = {
     "efficientvit_va_m3": (6.90, 0.263),
     "efficientvit_va_m4": (8.80, 0.299),
     "efficientvit_va_m5": (12.47, 0.522),
+    # arXiv:2103.12731, tables 2 and 3, at the size of each; H5 and H7 have fewer multiply-adds here, see the card
+    "halonet_va_h0": (5.5, 2.35),
+    "halonet_va_h1": (8.1, 2.99),
+    "halonet_va_h2": (9.4, 3.31),
+    "halonet_va_h3": (11.8, 6.18),
+    "halonet_va_h4": (19.1, 12.0),
+    "halonet_va_h6": (43.4, 53.2),
     # arXiv:2501.16182, table 1 and table 3
     "l2vit_tiny": (28.60, 4.69),
     "l2vit_small": (50.20, 8.98),
