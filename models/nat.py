@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class PatchMerging(nn.Module):
 class Stage(nn.Module):
     """Halve the map (but in the first stage), then blocks: (B, C, H, W) -> (B, C', H', W')."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
@@ -226,7 +226,7 @@ class NeighborhoodTransformer(nn.Module):
             self.feature_info.append({"module": f"stages.{i}", "num_chs": dim, "reduction": stem_stride * 2**i})
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dim
-        self.norm = MapNorm(dim, **dd)
+        self.norm: nn.Module = MapNorm(dim, **dd)
         self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.init_weights(reset=False)
 
@@ -241,7 +241,7 @@ class NeighborhoodTransformer(nn.Module):
             elif isinstance(module, NeighborhoodAttention) and module.rpb is not None:
                 trunc_normal_(module.rpb, std=0.02)
             elif reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -267,7 +267,7 @@ class NeighborhoodTransformer(nn.Module):
         """Trade time for memory: recompute each block in the backward pass."""
         self.grad_checkpointing = enable
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -278,7 +278,7 @@ class NeighborhoodTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type and device, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -421,7 +421,8 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: NeighborhoodTransfor
         elif part == "head" and not rest.startswith("fc."):
             key = f"head.fc.{rest}"
         state_dict[key] = value
-    check_fit(state_dict, model, adapted=("head.fc.", f"{model.pretrained_cfg['first_conv']}.weight"))
+    first_conv = "patch_embed.proj.0.weight" if isinstance(model.patch_embed, ConvStem) else "patch_embed.proj.weight"
+    check_fit(state_dict, model, adapted=("head.fc.", first_conv))
     return state_dict
 
 

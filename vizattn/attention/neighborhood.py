@@ -11,20 +11,17 @@ beginning. Several axes are their product.
 Shapes: B batch, X, Y, Z sizes of the grid, N its tokens, P prefix tokens, h heads, d channels a head, C = h * d.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
-from timm.models import register_notrace_function
+from timm.layers import register_notrace_module, trunc_normal_  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.neighborhood_tiles import Axis, attend_dense_tiles, attend_naive, attend_tiles
+from vizattn.attention.neighborhood_tiles import Axis, attend_naive, attend_plain, attend_tiles
 from vizattn.errors import VizattnError, unknown
 
 __all__ = ["NeighborhoodAttention", "fitting_axis", "na1d", "na2d", "na3d"]
@@ -204,11 +201,10 @@ def _attend(
         return attend_naive(qkv, rpb, windows, scale)
     # Tracers must see plain operations; what they hand in are often subclasses.
     if dropout_p > 0 or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor:
-        return attend_dense_tiles(qkv, rpb, windows, scale, dropout_p)
+        return attend_plain(qkv, rpb, windows, scale, dropout_p)
     return attend_tiles(qkv, rpb, windows, scale)
 
 
-@register_notrace_function
 def _attend_grid(
     qkv: Tensor,
     rpb: Tensor | None,
@@ -218,10 +214,7 @@ def _attend_grid(
     dropout_p: float,
     extra: int,
 ) -> Tensor:
-    """(B, E + P + H * W, 3, h, d), E of them without outputs -> (B, P + H * W, h, d), on a map of any size.
-
-    One leaf when torch.fx traces, for the size of the map decides shapes.
-    """
+    """(B, E + P + H * W, 3, h, d), E of them without outputs -> (B, P + H * W, h, d), on a map of any size."""
     windows = tuple(fitting_axis(L, *option) for L, option in zip(grid_size, options))
     patches = _attend(qkv, rpb, windows, scale, dropout_p=dropout_p)
     before = qkv.shape[1] - patches.shape[1]
@@ -232,6 +225,7 @@ def _attend_grid(
     return torch.cat([prefix.transpose(1, 2), patches], dim=1)
 
 
+@register_notrace_module  # tiles depend on the size of the map
 class NeighborhoodAttention(nn.Module):
     """Multi-head self-attention of each token of a grid to its neighborhood, and to all prefix tokens; prefix tokens
     attend to everything. On a map too small for the window, dilation and then window are lowered (`fitting_axis`).

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Axis", "attend_dense_tiles", "attend_naive", "attend_tiles"]
+__all__ = ["Axis", "attend_naive", "attend_plain", "attend_tiles"]
 
 #: Scores worked on at once: few enough to stay in the cache of a core, many enough to hide the cost of a call.
 CHUNK = 1 << 17
@@ -42,8 +42,10 @@ class Axis(NamedTuple):
 
 def _start_end(axis: Axis, j: Any, length: Any) -> tuple[Any, Any]:
     """First key and end of the keys of query `j`, both counted within its residue class of `length` positions."""
-    low, high = (torch.minimum, torch.maximum) if isinstance(j, Tensor) else (min, max)
-    zero = torch.zeros_like(j) if isinstance(j, Tensor) else 0
+    tensors = isinstance(j, Tensor)
+    low: Any = torch.minimum if tensors else min
+    high: Any = torch.maximum if tensors else max
+    zero = torch.zeros_like(j) if tensors else 0
     leader = j // axis.stride * axis.stride
     if axis.causal:
         leader = low(leader + axis.stride - 1, length - 1)
@@ -338,7 +340,7 @@ def attend_tiles(qkv: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale:
         return _Attend.apply(qkv, rpb, axes, scale)
 
 
-def attend_dense_tiles(
+def attend_plain(
     qkv: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale: float, dropout_p: float = 0.0
 ) -> Tensor:
     """The same in plain operations, which compilers and exporters see through, and with dropout."""
