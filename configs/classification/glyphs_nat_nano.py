@@ -1,0 +1,18 @@
+"""Pretraining of nat_nano from nothing, on letters drawn in the fonts of matplotlib and Pillow.
+
+vizattn train classification/glyphs_nat_nano
+Expected: not measured yet.
+"""
+
+task = "classification"
+model = dict(name="nat_nano", pretrained=False)
+adapter = None
+# The drawing is the augmentation.
+data = dict(name="glyphs", batch_size=64, num_workers=0, augment="none")
+optimizer = dict(name="muon", lr=1.5e-3, weight_decay=0.05, clip_grad=1.0)
+schedule = dict(name="cosine", epochs=3, warmup_epochs=0.3, min_lr=1e-6)
+loss = dict(label_smoothing=0.1)
+ema = dict(decay=0.998)
+logging = dict(interval=50)
+checkpoint = dict(interval_epochs=1, keep=1)
+seed = 0
