@@ -23,7 +23,7 @@ def test_backbones_with_parameters_and_weights(capsys: Capture) -> None:
 
 
 def test_table_has_a_line_each(capsys: Capture) -> None:
-    assert main(["list", "vit_va_nano"]) == 0
+    assert main(["list", "vit_va_nano_patch4"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "parameters", "input", "weights", "licence"]
     assert line.split()[0] == "vit_va_nano_patch4_32" and "32 x 32" in line

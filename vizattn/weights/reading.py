@@ -64,7 +64,8 @@ def read_weights(path: Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise VizattnError(
                 f"{path} is refused: it holds an object of {refused[1]}, and reading that could run code of the file. "
-                "Only tensors, plain values and argparse.Namespace are read."
+                "Only tensors, plain values and argparse.Namespace are read; if you trust its author, save its weights "
+                "alone by torch in a file of their own."
             ) from error
         first = next(iter(reason.splitlines()), type(error).__name__).rstrip(".")
         raise VizattnError(f"{path} cannot be read as weights, it is damaged or cut short: {first}.") from error
