@@ -53,9 +53,11 @@ class EfficientProbing:
         if self.include_cls and not anatomy.has_class_token:
             raise VizattnError("efficient_probing: include_cls=True, but the backbone has no class token.")
         if self.num_queries < 1 or self.d_out < 1 or anatomy.embed_dim % (self.d_out * self.num_queries):
+            divisors = [q for q in range(1, anatomy.embed_dim + 1) if anatomy.embed_dim % q == 0]
+            near = min(divisors, key=lambda q: abs(q - self.num_queries))
             raise VizattnError(
                 f"efficient_probing: the width {anatomy.embed_dim} must be a multiple of d_out * num_queries, "
-                f"got {self.d_out} * {self.num_queries}."
+                f"got {self.d_out} * {self.num_queries}. Closest that fits: 1 * {near}."
             )
         probe = ProbeHead(anatomy, self)
         if anatomy.final_norm is not None:
