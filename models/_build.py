@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from vizattn.errors import VizattnError
-from vizattn.weights import fetch, release_of
+from vizattn.weights import fetch, kept_in, release_of
 
 from ._adapted import adaptations
 
@@ -86,7 +86,8 @@ def build(
     own = cfg.file or cfg.state_dict or cfg.source in ("hf-hub", "local-dir")
     release = release_of(cfg) if pretrained and not own else None
     if release:
-        overlay["file"] = str(fetch(release))
+        with kept_in(kwargs.get("cache_dir")):
+            overlay["file"] = str(fetch(release))
     headless = bool(kwargs.get("features_only"))
 
     def fit(checkpoint: dict[str, Any], model: nn.Module) -> Any:

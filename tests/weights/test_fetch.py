@@ -71,6 +71,14 @@ def test_no_server_is_needed_again(server: Server) -> None:
     assert get() == path
 
 
+def test_timms_own_way_to_name_a_cache(server: Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "mine")
+        assert torch.equal(model.head.weight, state()["head.weight"])
+    assert len(server.requests) == 1 and not cache_folder().exists()
+    assert (tmp_path / "mine" / f"{KEY}.safetensors").is_file()
+
+
 def test_adaptations_are_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vizattn")
     timm.create_model(NAME, pretrained=True)

@@ -1,7 +1,7 @@
 """Released weights: fetched, checked, read safely, converted to our keys, and kept. See `store.fetch`."""
 
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
-from vizattn.weights.place import cache_folder, cached_file
+from vizattn.weights.place import cache_folder, cached_file, kept_in
 from vizattn.weights.reading import read_weights
 from vizattn.weights.store import Release, fetch, find, release_names, release_of, verify
 from vizattn.weights.trust import lock_file, manifest, trusted
@@ -13,6 +13,7 @@ __all__ = [
     "converted",
     "fetch",
     "find",
+    "kept_in",
     "lock_file",
     "manifest",
     "metadata_of",

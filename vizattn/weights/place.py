@@ -6,15 +6,29 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
-__all__ = ["cache_folder", "cached_file", "locked"]
+__all__ = ["cache_folder", "cached_file", "kept_in", "locked"]
 
 logger = logging.getLogger("vizattn")
+_given: ContextVar[Path | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def kept_in(folder: str | Path | None) -> Iterator[None]:
+    """Within this, `folder` is the cache; None changes nothing."""
+    token = _given.set(Path(folder).expanduser() if folder else _given.get())
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def cache_folder() -> Path:
-    """``$VIZATTN_HOME/weights``, by default ``vizattn`` in torch.hub's cache; it need not exist."""
+    """That of `kept_in`, else ``$VIZATTN_HOME/weights``, else ``vizattn`` in torch.hub's cache; it need not exist."""
+    if given := _given.get():
+        return given
     if home := os.environ.get("VIZATTN_HOME"):
         return Path(home).expanduser() / "weights"
     from torch.hub import get_dir

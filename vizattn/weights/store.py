@@ -108,7 +108,7 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
             return target
         right = trusted(release.key)
         path, source = (given, given.name) if given else _obtain(release, right, patience)
-        ours = path.is_relative_to(cache_folder())
+        ours = path.parent == cache_folder() / "downloads"
         size, sha256 = path.stat().st_size, sha256_of(path)
         right.check(str(path), size, sha256)
         try:
