@@ -23,7 +23,7 @@ def stripe_attention(
     qkv: Tensor,
     stripe: tuple[int, int],
     num_heads: int,
-    lepe: nn.Conv2d,
+    lepe: nn.Module,
     extra_kv: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
