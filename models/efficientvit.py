@@ -349,7 +349,7 @@ class EfficientViT(nn.Module):
 # Table 2 of arXiv:2305.07027. The nano size is for images of 32 x 32: maps 16, 8 and 4.
 SIZES: dict[str, dict[str, Any]] = {
     "efficientvit_va_nano": {
-        "embed_dims": (48, 80, 112),
+        "embed_dims": (48, 80, 96),
         "depths": (1, 2, 2),
         "num_heads": (3, 4, 4),
         "window_sizes": (8, 8, 4),
