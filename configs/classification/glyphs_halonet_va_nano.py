@@ -1,7 +1,7 @@
 """Pretraining of halonet_va_nano from nothing, on letters drawn in the fonts of matplotlib and Pillow.
 
 vizattn train classification/glyphs_halonet_va_nano
-Sees 156,000 drawn letters once each, new ones in each epoch. Expected: not measured yet.
+Sees 104,000 drawn letters once each, new ones in each epoch. Expected: not measured yet.
 `val` draws the training fonts again; `test` holds out the STIX serif family and Pillow's default font.
 """
 
@@ -11,7 +11,7 @@ adapter = None
 # The drawing is the augmentation.
 data = dict(name="glyphs", batch_size=64, num_workers=0, augment="none")
 optimizer = dict(name="muon", lr=1.5e-3, weight_decay=0.05, clip_grad=1.0)
-schedule = dict(name="cosine", epochs=3, warmup_epochs=0.3, min_lr=1e-6)
+schedule = dict(name="cosine", epochs=2, warmup_epochs=0.3, min_lr=1e-6)
 loss = dict(label_smoothing=0.1)
 ema = dict(decay=0.998)
 logging = dict(interval=50)

@@ -10,7 +10,7 @@ adapter = None
 # The drawing is the augmentation.
 data = dict(name="glyphs", batch_size=64, num_workers=0, augment="none")
 optimizer = dict(name="muon", lr=1.5e-3, weight_decay=0.05, clip_grad=1.0)
-schedule = dict(name="cosine", epochs=3, warmup_epochs=0.3, min_lr=1e-6)
+schedule = dict(name="cosine", epochs=2, warmup_epochs=0.3, min_lr=1e-6)
 loss = dict(label_smoothing=0.1)
 ema = dict(decay=0.998)
 logging = dict(interval=50)

@@ -38,10 +38,10 @@ def summary(name: str, count: bool = True) -> dict[str, Any]:
 
 
 def weights_source(cfg: Any) -> str:
-    """Where `pretrained=True` finds the weights: ``"packaged"``, ``"hub"`` or ``"none"``."""
+    """Where `pretrained=True` finds the weights: ``"packaged"``, ``"released"`` (to download) or ``"none"``."""
     if cfg is not None and cfg.file and Path(cfg.file).is_file():
         return "packaged"
-    return "hub" if cfg is not None and (cfg.hf_hub_id or cfg.url) else "none"
+    return "released" if cfg is not None and (cfg.hf_hub_id or cfg.url) else "none"
 
 
 def build_empty(name: str) -> nn.Module:
