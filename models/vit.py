@@ -79,7 +79,8 @@ class VisionTransformer(nn.Module):
 
     Raises:
         VizattnError: An unknown attention or pooling, options for an attention that is not used, a list of attentions
-            of another length than the blocks, or token pooling without a class token.
+            of another length than the blocks, patch dropout with another attention than softmax, or token pooling
+            without a class token.
     """
 
     def __init__(
@@ -151,6 +152,8 @@ class VisionTransformer(nn.Module):
         names = [attn] * depth if isinstance(attn, str) else list(attn)
         if len(names) != depth:
             raise VizattnError(f"attn names {len(names)} attentions for {depth} blocks: {', '.join(names)}.")
+        if patch_drop_rate > 0 and set(names) != {"softmax"}:
+            raise VizattnError(f"patch_drop_rate needs attn='softmax', which works without the grid, not {attn!r}.")
         for name in attn_kwargs or {}:
             if name not in names:
                 raise unknown("attention of this model in attn_kwargs:", name, sorted(set(names)))
@@ -479,7 +482,10 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -
     if table is not None and table.ndim == 3:
         prefix = model.num_embedded_prefix
         patches = table.shape[1] - prefix
-        old_grid = get_pretrained_grid_size(model, kernel, patches) or (math.isqrt(max(patches, 0)),) * 2
+        grid = model.patch_embed.grid_size
+        side = math.isqrt(max(patches, 0))
+        square_or_same = grid if side**2 != patches == grid[0] * grid[1] else (side, side)
+        old_grid = get_pretrained_grid_size(model, kernel, patches) or square_or_same
         if old_grid[0] * old_grid[1] != patches:
             raise VizattnError(
                 f"The position table of the weights has {table.shape[1]} rows, which is not {prefix} prefix tokens "

@@ -289,3 +289,22 @@ def test_patch_dropout_in_training_only() -> None:
     model = timm.create_model(NANO, depth=1, patch_drop_rate=0.5)
     assert model.train().forward_features(images(32, 32)).shape == (2, 33, 96)
     assert model.eval().forward_features(images(32, 32)).shape == (2, 65, 96)
+
+
+def test_attentions_by_block_and_their_options() -> None:
+    model = timm.create_model(
+        NANO, depth=3, attn=["agent", "softmax", "window"], attn_kwargs={"agent": {"num_agents": 4}}
+    ).eval()
+    assert [type(block.attn).__name__ for block in model.blocks] == [
+        "AgentAttention",
+        "SoftmaxAttention",
+        "WindowAttention",
+    ]
+    assert model.blocks[0].attn.pool_size == 2
+    assert model(images(30, 45)).shape == (2, 52)
+    with pytest.raises(VizattnError, match="attn names 2 attentions for 3 blocks: agent, softmax"):
+        timm.create_model(NANO, depth=3, attn=["agent", "softmax"])
+    with pytest.raises(VizattnError, match="Unknown attention of this model in attn_kwargs: 'agnt'"):
+        timm.create_model(NANO, depth=1, attn="agent", attn_kwargs={"agnt": {}})
+    with pytest.raises(VizattnError, match="patch_drop_rate needs attn='softmax'"):
+        timm.create_model(NANO, depth=1, attn="agent", patch_drop_rate=0.5)

@@ -171,3 +171,9 @@ def test_only_nano_ships_its_weights() -> None:
         assert cfg is not None
         assert bool(cfg.file) == (name == NANO)
         assert cfg.file or cfg.hf_hub_id == f"timm/{name.replace('vit_va_', 'vit_')}.{cfg.tag}"
+
+
+def test_own_weights_of_an_oblong_native_size_load_again() -> None:
+    source, target = (timm.create_model(NANO, depth=2, img_size=(24, 40)).eval() for _ in range(2))
+    target.load_state_dict(checkpoint_filter_fn(source.state_dict(), target), strict=True)
+    assert torch.equal(target.pos_embed, source.pos_embed)
