@@ -88,6 +88,25 @@ def test_detach_gives_back_the_original(method, row):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@each
+def test_disabled_in_training_moves_nothing(method, row):
+    """Not the statistics of frozen norms either, nor those that detach gives back."""
+    reference, model = create(row), create(row)
+    name, options = METHODS[method]
+    vizattn.attach(model, name, **options)
+    randomise(model)
+    model.train()
+    modes = [m.training for m in model.modules()]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    x = images(4)
+    with vizattn.disabled(model), torch.no_grad():
+        assert torch.equal(_first(model(x)), _first(reference(x)))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    vizattn.detach(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
+
+
 def _first(out):
     return out[0] if isinstance(out, tuple) else out
 

@@ -401,6 +401,9 @@ def detach(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the model is the untouched backbone from before `attach`, its old head included.
 
+    It is in evaluation mode there, so that no forward moves the statistics of its norms; afterwards every module has
+    its mode from before again.
+
     Raises:
         VizattnError: nothing is attached, or it was attached with ``keep_original=False``.
     """
@@ -408,10 +411,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     _need_originals(attachments)
     inner = core(model)
     flags = [(p, p.requires_grad) for p in inner.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
     for a in reversed(attachments):
         a.values.undo()  # type: ignore[union-attr]
         a.edits.undo(next(inner.parameters()))
-        _restore(inner, a.flags, inner.training)
+        _restore(inner, a.flags, training=False)
+    model.eval()
     inner.adapters_disabled = True  # type: ignore[assignment]
     try:
         yield model
@@ -420,7 +425,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for a in attachments:
             a.edits.redo(next(inner.parameters()))
             a.values.redo()  # type: ignore[union-attr]
-        _restore(inner, flags, inner.training)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
 
 
 def merge(model: nn.Module) -> nn.Module:
