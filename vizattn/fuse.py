@@ -38,8 +38,10 @@ def fuse(model: Model) -> Model:
         The same object (or its replacement, if `model` is itself such a module).
 
     Raises:
-        VizattnError: The model is in training mode or has adapters attached.
+        VizattnError: The model is in training mode, or has adapters attached, disabled ones too.
     """
+    if getattr(core(model), "adapters_disabled", False):
+        raise VizattnError("Cannot fuse a model while its adapters are disabled: leave vizattn.disabled first.")
     if attached(model):
         names = ", ".join(a.method for a in attached(model))
         raise VizattnError(f"Cannot fuse a model with adapters ({names}): call vizattn.merge or vizattn.detach first.")

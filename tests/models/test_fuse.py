@@ -140,3 +140,6 @@ def test_adapters_are_refused() -> None:
     vizattn.attach(model, "vpt", num_tokens=2)
     with pytest.raises(VizattnError, match=r"with adapters \(vpt\): call vizattn.merge or vizattn.detach"):
         vizattn.fuse(model.eval())
+    with vizattn.disabled(model), pytest.raises(VizattnError, match=r"adapters are disabled: leave vizattn.disabled"):
+        vizattn.fuse(model)
+    assert [a.method for a in vizattn.adapters.attached(model)] == ["vpt"]
