@@ -39,7 +39,8 @@ def check_fit(state_dict: dict[str, Tensor], model: nn.Module, adapted: tuple[st
     Args:
         state_dict: Weights under the model's keys.
         model: The model they are meant for.
-        adapted: Beginnings of the keys that timm adapts later (the classifier, the first convolution): not checked.
+        adapted: Beginnings of the keys that timm adapts later: the classifier, which may be missing, and the first
+            convolution. Their shapes are not checked.
 
     Raises:
         VizattnError: Something is missing, unexpected or of another shape; the first of each are named.
@@ -47,7 +48,11 @@ def check_fit(state_dict: dict[str, Tensor], model: nn.Module, adapted: tuple[st
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(adapted)}
     given = {key: tuple(value.shape) for key, value in state_dict.items() if not key.startswith(adapted)}
     problems = {
-        "missing": [key for key in expected if key not in given],
+        "missing": [
+            key
+            for key in model.state_dict()
+            if key not in state_dict and not (key.startswith("head.") and key.startswith(adapted))
+        ],
         "unexpected": [key for key in given if key not in expected],
         "of another shape": [
             f"{key} {given[key]} instead of {shape}"

@@ -283,11 +283,11 @@ class AgentSwin(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last one taken, and as asked for the final norm and the head."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:  # the norm has the width of the last stage
             self.norm = nn.Identity()
-        if prune_head:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.stages = self.stages[: last + 1]
+        if prune_head:
             self.reset_classifier(0, "")
         return take_indices
 

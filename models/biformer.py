@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vizattn.attention import BilevelRoutingAttention
 from vizattn.errors import VizattnError
 from vizattn.layers import ConvNorm, LayerNorm, Linear
+from vizattn.layers.conv_norm import fold_after
 
 from ._build import build, glyphs_cfg, imagenet_cfg
 from ._checkpoint import check_fit, unwrap
@@ -163,6 +164,14 @@ class PatchConvNorm(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, ceil(H / p), ceil(W / p))."""
         return self.bn(self.conv(F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:  # type: ignore[override]
+        """Itself, the norm folded into the convolution: the filling up is still needed."""
+        if not isinstance(self.bn, nn.Identity):
+            fold_after(self.conv, self.bn)
+            self.bn = nn.Identity()  # type: ignore[assignment]
+        return self
 
 
 class BiFormer(nn.Module):
@@ -311,7 +320,7 @@ class BiFormer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type, device, mode, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -332,9 +341,10 @@ class BiFormer(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last one taken, and as asked for the final norm and the head."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:  # the norm has the width of the last stage
             self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

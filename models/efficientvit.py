@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, NormMlpClassifierHead, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
+from timm.layers import (
+    DropPath,
+    NormMlpClassifierHead,
+    SqueezeExcite,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models import checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -276,7 +283,7 @@ class EfficientViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the last layer (0 classes: none), and the pooling if one is given; the norm before it stays."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -376,6 +383,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return imagenet_cfg(
         **{
             "pool_size": (4, 4),
+            "crop_pct": 0.875,
             "first_conv": "stem.0.conv",
             "classifier": "head.fc",
             "license": "mit",

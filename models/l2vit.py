@@ -274,7 +274,7 @@ class L2ViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type, device, mode, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -295,9 +295,10 @@ class L2ViT(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last one taken, and as asked for the final norm and the head."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:  # the norm has the width of the last stage
             self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

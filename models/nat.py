@@ -238,8 +238,6 @@ class NeighborhoodTransformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, NeighborhoodAttention) and module.rpb is not None:
-                trunc_normal_(module.rpb, std=0.02)
             elif reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
 
@@ -278,7 +276,7 @@ class NeighborhoodTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head (0 classes: none), keeping type and device, and the pooling unless one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -303,9 +301,10 @@ class NeighborhoodTransformer(nn.Module):
     ) -> list[int]:
         """Drop the stages, and as asked norm and head, that the chosen intermediates do not need; give the indices."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:  # the norm has the width of the last stage
             self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

@@ -311,3 +311,14 @@ def test_mistakes_of_shape_and_module() -> None:
         NeighborhoodAttention(10, 3)
     with pytest.raises(VizattnError, match="stride must be from 1"):
         NeighborhoodAttention(8, 2, kernel_size=3, stride=4)
+
+
+def test_backward_inside_autocast() -> None:
+    torch.manual_seed(0)
+    query, rpb = torch.randn(1, 5, 6, 2, 4, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = na2d(query, query, query, 3, rpb=rpb)
+            grads.append(torch.autograd.grad(out.float().pow(2).sum(), [query, rpb]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=2e-2, atol=2e-2)

@@ -166,3 +166,14 @@ def test_extra_keys_and_values_equal_inserted_tokens(name: str) -> None:
         own, inserted = (torch.autograd.grad(y.pow(2).sum(), [x, *inputs], allow_unused=True) for y in outputs)
         for a, b in zip(own, inserted):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_mechanism_draws_its_own_parameters_anew(name: str) -> None:
+    module = ATTENTION[name](16, 2, grid_size=(4, 4))
+    own = dict(module.named_parameters(recurse=False))
+    for parameter in own.values():
+        torch.nn.init.constant_(parameter, float("nan"))
+    if own:
+        module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in own.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import timm
 import torch
 from families import FAMILIES, create, images
+
+from vizattn import VizattnError
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 CASES = [(family, size) for family, row in FAMILIES.items() for size in row.sizes]
@@ -166,3 +169,37 @@ def test_cards_of_timm(family: str) -> None:
     assert cfg is not None
     assert cfg.license
     assert str(cfg.paper_ids).startswith("arXiv:")
+
+
+@every_family
+def test_pruned_to_its_first_stage(family: str) -> None:
+    """Features end there, and a new head fits them."""
+    model = create(family)
+    if family == "efficientvit":
+        pytest.skip("the norm of its head has the width of the last stage")
+    model.prune_intermediate_layers([0])
+    x = images(FAMILIES[family].sizes[2])
+    final, maps = model.forward_intermediates(x)
+    assert len(maps) == 1
+    model.reset_classifier(7, "avg")
+    assert model(x).shape == (2, 7)
+    assert final.shape == model.forward_features(x).shape
+
+
+@every_family
+def test_head_of_a_converted_model(family: str) -> None:
+    model = create(family).double()
+    model.reset_classifier(0)
+    model.reset_classifier(7)
+    assert model(images(FAMILIES[family].sizes[0]).double()).dtype == torch.float64
+
+
+@every_family
+def test_weights_without_a_stem_are_refused(family: str) -> None:
+    model = create(family)
+    convert = sys.modules[timm.model_entrypoint(FAMILIES[family].name).__module__].checkpoint_filter_fn
+    state = model.state_dict()
+    convert(dict(state), model)
+    del state[f"{model.default_cfg['first_conv']}.weight"]
+    with pytest.raises(VizattnError, match="1 missing"):
+        convert(state, model)

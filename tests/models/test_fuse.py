@@ -143,3 +143,13 @@ def test_adapters_are_refused() -> None:
     with vizattn.disabled(model), pytest.raises(VizattnError, match=r"adapters are disabled: leave vizattn.disabled"):
         vizattn.fuse(model)
     assert [a.method for a in vizattn.adapters.attached(model)] == ["vpt"]
+
+
+def test_patches_that_fill_up_the_map_still_do() -> None:
+    model = timm.create_model("biformer_stl", embed_dims=(32, 32, 32, 32), depths=(1, 1, 1, 1), num_classes=3)
+    disturb(model).double()
+    x = images((50, 33)).double()
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        torch.testing.assert_close(vizattn.fuse(model).forward_features(x), expected, rtol=1e-9, atol=1e-9)
+    assert len(norms(model)) == 1

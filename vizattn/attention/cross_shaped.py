@@ -23,7 +23,8 @@ def stripe_attention(
     qkv: Tensor,
     stripe: tuple[int, int],
     num_heads: int,
-    lepe: nn.Module,
+    lepe_weight: Tensor,
+    lepe_bias: Tensor,
     extra_kv: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -35,7 +36,8 @@ def stripe_attention(
         qkv: Queries, keys and values side by side, (3, B, H, W, C).
         stripe: Height and width of a stripe.
         num_heads: Heads h; must divide C.
-        lepe: Depthwise convolution of C channels that keeps the size.
+        lepe_weight: Kernels of a depthwise convolution of an odd size k, (C, 1, k, k).
+        lepe_bias: Its bias (C).
         extra_kv: Keys and values (B or 1, h, E, d) that every token may attend to besides.
         dropout_p: Share of attention weights set to zero.
 
@@ -47,7 +49,9 @@ def stripe_attention(
     query, key, value = windows.unflatten(0, (3, -1)).unbind(0)  # (B * n, L, C) each
     n = query.shape[0] // B
     # Zeros around a stripe, as around the map: the convolution does not look into its neighbours.
-    local = lepe(value.reshape(-1, stripe[0], stripe[1], C).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    local = value.reshape(-1, stripe[0], stripe[1], C).permute(0, 3, 1, 2)
+    local = F.conv2d(local, lepe_weight, lepe_bias, padding=lepe_weight.shape[-1] // 2, groups=C)
+    local = local.flatten(2).transpose(1, 2)
     query, key, value = [x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
     if extra_kv is not None:
         more = [x.to(query.dtype).expand(B, -1, -1, -1).repeat_interleave(n, 0) for x in extra_kv]
@@ -142,6 +146,6 @@ class CrossShapedAttention(nn.Module):
                 more = (extra_kv[0][:, i * heads : (i + 1) * heads], extra_kv[1][:, i * heads : (i + 1) * heads])
             part = qkv[..., i * width : (i + 1) * width]
             dropout_p = self.attn_drop.p if self.training else 0.0
-            y = stripe_attention(part, stripes[i], heads, lepe, more, dropout_p)  # type: ignore[arg-type]
+            y = stripe_attention(part, stripes[i], heads, lepe.weight, lepe.bias, more, dropout_p)
             outputs.append(y.reshape(B, N, width))
         return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)))

@@ -186,6 +186,11 @@ class HaloAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw the position tables anew."""
         for table in (self.height_rel, self.width_rel):
             nn.init.normal_(table, std=self.head_dim**-0.5)
 

@@ -110,6 +110,11 @@ class LinearAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set the temperature back."""
+        nn.init.constant_(self.temperature, self.head_dim**-0.5)
+
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""
         C = tokens.shape[-1]

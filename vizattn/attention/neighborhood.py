@@ -290,10 +290,17 @@ class NeighborhoodAttention(nn.Module):
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.qk_norm = qk_norm
         table = (num_heads, *(2 * k - 1 for k in kernels))
-        self.rpb = nn.Parameter(trunc_normal_(torch.empty(table, **dd), std=0.02)) if rel_pos_bias else None
+        self.rpb = nn.Parameter(torch.empty(table, **dd)) if rel_pos_bias else None
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw the position biases anew."""
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
 
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""

@@ -290,6 +290,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
+            return _Attend._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         qkv, rpb, out = ctx.saved_tensors
         _, M, _, h, d = qkv.shape
         extra = M - out.shape[1]

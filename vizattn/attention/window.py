@@ -184,13 +184,20 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = None
         if rel_pos_bias:
             table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, **dd)
-            self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.02))
+            self.relative_position_bias_table = nn.Parameter(table)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw the position biases anew."""
+        if self.relative_position_bias_table is not None:
+            trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""
