@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -111,6 +112,24 @@ def test_another_address_is_another_entry(server: Server) -> None:
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.head.weight, state(1)["head.weight"])
     assert torch.equal(timm.create_model(NAME, pretrained=True).head.weight, state()["head.weight"])
+
+
+def test_a_model_that_differs_does_not_change_what_is_kept(server: Server) -> None:
+    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"input_size": (3, 48, 48)})
+    plain = timm.create_model(NAME, pretrained=True)
+    assert torch.equal(plain.pos_embed, state()["pos_embed"])
+    release = release_of(dataclasses.replace(find(NAME), num_classes=10))
+    assert release and release.key == KEY and release.cfg.num_classes == 52
+    cached_file(KEY).unlink()
+    fetch(release)
+    assert torch.equal(timm.create_model(NAME, pretrained=True).head.weight, state()["head.weight"])
+
+
+def test_another_address_is_kept_for_each_model_it_is_converted_for(server: Server) -> None:
+    other = dataclasses.replace(find(NAME), url=f"{server.url}/mine.pth")
+    releases = [release_of(dataclasses.replace(other, **kw)) for kw in ({}, {"input_size": (3, 48, 48)})]
+    releases.append(release_of(dataclasses.replace(other, num_classes=10)))
+    assert len({release.key for release in releases if release}) == 3
 
 
 def test_the_first_file_is_trusted_and_no_other(server: Server) -> None:

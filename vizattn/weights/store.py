@@ -32,7 +32,7 @@ class Release:
 
     cfg: PretrainedCfg
     key: str
-    """``name.tag``, with a hash behind it where a user gave another address."""
+    """``name.tag``, with a hash behind it where a user gave another address; it says what `cfg` makes of the file."""
     url: str | None
     hub_id: str | None
 
@@ -48,14 +48,20 @@ class Release:
 
 
 def release_of(cfg: PretrainedCfg) -> Release | None:
-    """The release that `cfg` names by an address, None if it names none. As in timm the hub goes before a URL."""
+    """The release that `cfg` names by an address, None if it names none. As in timm the hub goes before a URL.
+
+    At the registered address are the registered weights: what else of `cfg` differs concerns the model, not the file.
+    """
     if not (cfg.hf_hub_id or cfg.url):
         return None
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
     registered = get_arch_pretrained_cfgs(str(cfg.architecture)).get(name)
     address = (cfg.hf_hub_id, cfg.hf_hub_filename, cfg.url)
-    if registered is None or address != (registered.hf_hub_id, registered.hf_hub_filename, registered.url):
-        name += f"-{hashlib.sha256(repr(address).encode()).hexdigest()[:12]}"
+    if registered and address == (registered.hf_hub_id, registered.hf_hub_filename, registered.url):
+        cfg = registered
+    else:
+        converted_for = (*address, tuple(cfg.input_size), cfg.num_classes)
+        name += f"-{hashlib.sha256(repr(converted_for).encode()).hexdigest()[:12]}"
     url = cfg.url if isinstance(cfg.url, str | None) else cfg.url[0]
     return Release(cfg, name, None if cfg.hf_hub_id else url, cfg.hf_hub_id)
 
