@@ -130,6 +130,14 @@ def test_a_whole_or_overlong_part(length: int, server: Server, target: Path) -> 
     assert len(server.requests) == (1 if length == len(DATA) else 2)
 
 
+def test_parts_that_never_fit_end(server: Server, target: Path) -> None:
+    """The file is not the right one, and each connection ends after a megabyte: nothing may go on for ever."""
+    server.files["w.pth"] = checkpoint(numbers=400_000)
+    server.always = Answer(cut=1_100_000)
+    refuse(server, target, "in a row", Trusted(None, "0" * 64, "the test"))
+    assert server.ranges() == [None, "bytes=1100000-", None]
+
+
 def test_another_range_than_asked_for(server: Server, target: Path) -> None:
     part(target).write_bytes(DATA[:100])
     server.script = [Answer(status=206, body=DATA[50:], headers={"Content-Range": f"bytes 50-{len(DATA)}/*"})]

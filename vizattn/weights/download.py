@@ -119,6 +119,8 @@ class _Download:
         self.part = target.with_name(f"{target.name}.part")
         self.note = target.with_name(f"{target.name}.part.json")
         self.resumed = False
+        self.whole = False
+        """Parts did not fit together: from now on each request is for the whole file."""
 
     def run(self) -> str:
         import requests
@@ -142,7 +144,8 @@ class _Download:
                 self._receive(session)
                 return self._finish()
             except _Later as error:
-                failures = 1 if self._arrived() - before >= 1_000_000 else failures + 1
+                progress = self._arrived() - before >= 1_000_000 and not self.whole
+                failures = 1 if progress else failures + 1
                 if failures >= self.patience.attempts:
                     raise _Never(f"{error}, {failures} times in a row") from error
                 pause = self.patience.pause * 2 ** (failures - 1) if error.pause is None else error.pause
@@ -156,7 +159,7 @@ class _Download:
         import requests
         from urllib3.exceptions import HTTPError
 
-        offset, validator = self._resumable()
+        offset, validator = (0, None) if self.whole else self._resumable()
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         if offset and validator:
             headers["If-Range"] = validator
@@ -185,8 +188,7 @@ class _Download:
             if headers.get("Content-Range") == f"bytes */{offset}":
                 self.resumed = True
                 return None
-            self._discard()
-            raise _Later("the file has changed", pause=0)
+            raise self._misfit("the file has changed")
         if status in _BUSY:
             raise _Later(f"the server answers {status} {response.reason}", _retry_after(headers.get("Retry-After")))
         if status not in (200, 206):
@@ -200,8 +202,7 @@ class _Download:
             return 0
         start = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
         if start != str(offset):
-            self._discard()
-            raise _Later(f"the server sent another part than asked for ({headers.get('Content-Range')})", pause=0)
+            raise self._misfit(f"the server sent another part than asked for ({headers.get('Content-Range')})")
         return offset
 
     def _append(self, response: Any, offset: int) -> None:
@@ -236,9 +237,9 @@ class _Download:
             check_is_weights(self.part)
             self.trusted.check("the file", self._arrived(), sha256)
         except VizattnError as error:
-            self._discard()
             if self.resumed:  # the beginning may have been of another version
-                raise _Later("the parts do not fit together", pause=0) from error
+                raise self._misfit("the parts do not fit together") from error
+            self._discard()
             raise _Never(str(error).replace(self.part.name, "what the server sent").rstrip(".")) from error
         os.replace(self.part, self.target)
         self._discard()
@@ -264,6 +265,12 @@ class _Download:
         validator = strong or headers.get("Last-Modified")
         self.part.unlink(missing_ok=True)
         write_text(self.note, json.dumps({"url": without_login(self.url), "validator": validator}))
+
+    def _misfit(self, reason: str) -> _Later:
+        """The part is of no use: without it, at once."""
+        self._discard()
+        self.whole = True
+        return _Later(reason, pause=0)
 
     def _discard(self) -> None:
         for path in (self.part, self.note):
