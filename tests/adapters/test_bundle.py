@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import timm
 import torch
 from rows import create, images, randomise
 from safetensors.torch import load_file
@@ -269,6 +270,34 @@ def test_wrong_types_in_the_config(bundle, changes):
     edit(bundle, **changes)
     with pytest.raises(VizattnError, match="damaged"):
         read_bundle(bundle)
+
+
+WHERE = {
+    "checkpoint_path": "other.pth",
+    "pretrained_cfg": {"url": "https://example.org/other.pth"},
+    "pretrained_cfg_overlay": {"url": "https://example.org/other.pth"},
+    "cache_dir": "elsewhere",
+}
+
+
+@pytest.mark.parametrize("key", WHERE)
+def test_a_bundle_may_not_say_where_weights_are(bundle, key, monkeypatch):
+    backbone = read_bundle(bundle)["backbone"]
+    edit(bundle, backbone={**backbone, "args": {**backbone["args"], key: WHERE[key]}})
+    model = create("vit")
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("it was used"))
+    for load in (read_bundle, vizattn.adapters.create_from_bundle, lambda b: vizattn.load_adapter(model, b)):
+        with pytest.raises(VizattnError, match=f"has '{key}' among the arguments of its backbone"):
+            load(bundle)
+    monkeypatch.undo()
+    assert unchanged(model)
+
+
+def test_where_weights_were_is_not_saved(tmp_path):
+    model = create("vit")
+    model._model_args |= WHERE
+    backbone = read_bundle(vizattn.save_adapter(vizattn.attach(model, "apla"), tmp_path / "bundle"))["backbone"]
+    assert not {*WHERE} & {*backbone["args"], *backbone["args_left_out"]} and backbone["args"]["depth"] == 4
 
 
 def test_backbone_that_cannot_be_created(bundle):

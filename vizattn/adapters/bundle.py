@@ -28,6 +28,7 @@ from vizattn.version import __version__
 __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "OWN_WEIGHTS",
     "WEIGHTS_NAME",
     "adapter_state",
     "create_from_bundle",
@@ -41,6 +42,11 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 NEXT_NAME = f".{WEIGHTS_NAME}.next"
 FORMAT_VERSION = 1
+OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+"""Options of `timm.create_model` that say where weights come from."""
+
+# A bundle made by somebody else may not say what is read, fetched or written where.
+_NOT_IN_A_BUNDLE = (*OWN_WEIGHTS, "cache_dir")
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -134,7 +140,7 @@ def save_adapter(
 
 def _backbone(model: Any, features_only: bool) -> dict[str, Any]:
     cfg = model.pretrained_cfg
-    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ("num_classes", *_NOT_IN_A_BUNDLE)}
     pool = _pooling(model)
     if pool is not None:
         args["global_pool"] = pool
@@ -168,7 +174,8 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked `adapter_config.json` of a bundle.
 
     Raises:
-        VizattnError: no bundle there, a damaged or newer one, or a method that does not exist.
+        VizattnError: no bundle there, a damaged or newer one, one that says where its backbone's weights come from, or
+            a method that does not exist.
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -192,6 +199,13 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"upgrade vizattn (the bundle was written by {config.get('vizattn_version', 'an unknown version')})."
         )
     _check_schema(folder, config)
+    refused = [key for key in _NOT_IN_A_BUNDLE if key in config["backbone"]["args"]]
+    if refused:
+        raise VizattnError(
+            f"{folder / CONFIG_NAME} has {refused[0]!r} among the arguments of its backbone: a bundle names its "
+            f"backbone, but may not say where weights are read, fetched or kept. Do not use it unless you trust who "
+            f"made it; then remove the argument, and name a file of weights yourself if it needs one."
+        )
     for adapter in config["adapters"]:
         make_options(adapter["method"], adapter["options"])
     return config

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vizattn.adapters.bundle import OWN_WEIGHTS
 from vizattn.engine.runner import rank_and_world
 from vizattn.errors import VizattnError, unknown
 
@@ -26,9 +27,6 @@ __all__ = [
     "set_transforms",
     "weights_options",
 ]
-
-OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
-"""Options of `timm.create_model` that say where weights come from."""
 
 _LOADING = ("name", "root", "batch_size", "num_workers", "augment")
 
