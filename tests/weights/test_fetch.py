@@ -25,6 +25,7 @@ from server import Answer, Server
 
 from vizattn.errors import VizattnError
 from vizattn.weights import cache_folder, cached_file, fetch, find, lock_file, release_of, trust, verify
+from vizattn.weights.place import held
 
 FILE = f"{KEY}.pth"
 
@@ -132,6 +133,14 @@ def test_another_address_is_kept_for_each_model_it_is_converted_for(server: Serv
     assert len({release.key for release in releases if release}) == 3
 
 
+@pytest.mark.parametrize("tag", ["/../../elsewhere", "a/b", "a\\b", "a\n"])
+def test_a_tag_is_no_path(tag: str, server: Server) -> None:
+    overlay = {"url": f"{server.url}/{FILE}", "tag": tag}
+    with pytest.raises(VizattnError, match="cannot name weights"):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert server.requests == [] and not cache_folder().exists()
+
+
 def test_the_first_file_is_trusted_and_no_other(server: Server) -> None:
     get()
     entry = json.loads(lock_file().read_text())[KEY]
@@ -161,6 +170,21 @@ def test_a_lock_file_of_a_project(server: Server, tmp_path: Path, monkeypatch: p
     lock.write_text('{"x": 3}')
     with pytest.raises(VizattnError, match=r"lock file of weights .*weights\.json is damaged"):
         get()
+
+
+def test_caches_that_share_a_lock_file_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VIZATTN_LOCK", str(tmp_path / "project" / "weights.json"))
+    with held(tmp_path / "project" / "weights.json.lock", "writing"):
+        other = threading.Thread(target=get)
+        other.start()
+        while "waiting" not in caplog.text and other.is_alive():
+            time.sleep(0.01)
+        assert not lock_file().exists()
+    other.join()
+    assert f"Another process is writing {lock_file()}; waiting for it." in caplog.text
+    assert list(json.loads(lock_file().read_text())) == [KEY]
 
 
 def test_the_manifest_is_held_to(monkeypatch: pytest.MonkeyPatch) -> None:

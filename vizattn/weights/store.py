@@ -17,7 +17,7 @@ from vizattn.files import explain_disk_errors
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
 from vizattn.weights.download import Patience, download, sha256_of, without_login
 from vizattn.weights.hub import hub_file
-from vizattn.weights.place import cache_folder, cached_file, locked
+from vizattn.weights.place import cache_folder, cached_file, checked, locked
 from vizattn.weights.reading import read_weights
 from vizattn.weights.trust import Trusted, manifest, record, trusted
 
@@ -39,7 +39,9 @@ class Release:
     @property
     def file_name(self) -> str:
         """The name of the published file, here and on a mirror."""
-        return manifest().get(self.key, {}).get("file", f"{self.key}.{'safetensors' if self.hub_id else 'pth'}")
+        return (
+            manifest().get(self.key, {}).get("file", f"{checked(self.key)}.{'safetensors' if self.hub_id else 'pth'}")
+        )
 
     @property
     def origin(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from vizattn.errors import VizattnError
 from vizattn.files import write_text
-from vizattn.weights.place import cache_folder, locked
+from vizattn.weights.place import cache_folder, held
 
 __all__ = ["Trusted", "lock_file", "manifest", "record", "trusted"]
 
@@ -95,8 +95,8 @@ def record(key: str, source: str, size: int, sha256: str) -> None:
     """
     if manifest().get(key, {}).get("sha256"):
         return
-    with locked("weights.lock"):
+    path = lock_file()
+    with held(path.with_name(f"{path.name}.lock"), f"writing {path}"):  # beside it: other caches may share it
         entries = _recorded()
         entries[key] = {"source": source, "size": size, "sha256": sha256}
-        lock_file().parent.mkdir(parents=True, exist_ok=True)
-        write_text(lock_file(), json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        write_text(path, json.dumps(entries, indent=2, sort_keys=True) + "\n")
