@@ -131,6 +131,12 @@ def test_published_weights_are_measured_with_their_own_head(command: list[str], 
         capsys, "eval", "classification/digits_vpt", "--pretrained"
     )
     assert "Name one thing to measure" in message(capsys, "eval", "--pretrained")
+    assert "Unknown model 'nope'" in message(
+        capsys, "eval", "classification/glyphs_pretrain", "--pretrained", "--cfg-options", "model.name=nope"
+    )
+    assert "/nowhere.\nExpected" in message(
+        capsys, "eval", "classification/glyphs_pretrain", "--pretrained", "--data", "nowhere", "--split", "test"
+    )
 
 
 def test_an_unfinished_run_can_be_used(

@@ -146,6 +146,6 @@ class CrossShapedAttention(nn.Module):
                 more = (extra_kv[0][:, i * heads : (i + 1) * heads], extra_kv[1][:, i * heads : (i + 1) * heads])
             part = qkv[..., i * width : (i + 1) * width]
             dropout_p = self.attn_drop.p if self.training else 0.0
-            y = stripe_attention(part, stripes[i], heads, lepe.weight, lepe.bias, more, dropout_p)
+            y = stripe_attention(part, stripes[i], heads, lepe.weight, lepe.bias, more, dropout_p)  # type: ignore[arg-type]
             outputs.append(y.reshape(B, N, width))
         return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)))

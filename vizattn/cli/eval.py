@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -47,19 +48,18 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.trained is None) == (args.bundle is None) or (args.pretrained and args.bundle):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
+    overrides: dict[str, Any] = {"amp": args.amp} if args.amp else {}
+    if args.data is not None:
+        overrides |= {"data.name": "folder", "data.root": args.data}
+    overrides |= parse_overrides(args.cfg_options)
+    split = args.split or ("all" if args.data is not None and not has_split_folders(args.data) else "test")
     trained: Trained
     if args.pretrained:
-        trained = as_published(load_recipe(find_recipe(args.trained)), args.weights)
+        trained = as_published(load_recipe(find_recipe(args.trained)), args.weights, overrides, split)
     else:
         trained = load_trained(_find(args), args.weights)
     name = args.trained or args.bundle
-    overrides = {"amp": args.amp} if args.amp else {}
-    if args.data is not None:
-        overrides |= {"data.name": "folder", "data.root": args.data}
-    split = args.split or ("all" if args.data is not None and not has_split_folders(args.data) else "test")
-    metrics = evaluate(
-        trained, split=split, overrides=overrides | parse_overrides(args.cfg_options), device=args.device
-    )
+    metrics = evaluate(trained, split=split, overrides=overrides, device=args.device)
     if not is_main_process():
         return 0
     if args.json:

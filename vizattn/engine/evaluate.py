@@ -208,18 +208,26 @@ def _load_checkpoint(path: Path) -> Trained:
     return Trained(model.eval(), state["class_names"], state["preprocessing"], config)
 
 
-def as_published(recipe: Mapping[str, Any], weights: str | Path | None = None) -> Trained:
+def as_published(
+    recipe: Mapping[str, Any],
+    weights: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    split: str = "test",
+) -> Trained:
     """The recipe's backbone with the weights and the head it is published with, nothing trained here.
 
     Args:
         recipe: As read from its file.
         weights: The published file, where it is here already.
+        overrides: Dotted options on top of the recipe, as in ``{"data.root": "photos"}``.
+        split: A split that the data has.
 
     Raises:
         VizattnError: Its weights cannot be had, or their head has not the classes of the recipe's data.
     """
-    config = resolve_config(apply_overrides(recipe, {"adapter": None, **weights_options(weights)}))
-    class_names = build_data(config["data"], ["test"]).class_names
+    chosen = {**(overrides or {}), "adapter": None, **weights_options(weights)}
+    config = resolve_config(apply_overrides(recipe, chosen))
+    class_names = build_data(config["data"], [split]).class_names
     model = build_model(config, len(class_names)).eval()
     published = model.pretrained_cfg["num_classes"]  # type: ignore[index]
     if published != len(class_names):
