@@ -8,6 +8,7 @@ import io
 import logging
 import signal
 import socket
+import ssl
 import threading
 import time
 from email.utils import formatdate
@@ -16,8 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import torch
 from server import Answer, Server
+from urllib3 import HTTPSConnectionPool
+from urllib3.exceptions import MaxRetryError, SSLError
 
 from vizattn.errors import VizattnError
 from vizattn.weights import download as module
@@ -138,6 +142,18 @@ def test_parts_that_never_fit_end(server: Server, target: Path) -> None:
     assert server.ranges() == [None, "bytes=1100000-", None]
 
 
+@pytest.mark.parametrize("trusted", [KNOWN, Trusted()])
+def test_a_server_that_gives_less_at_a_time_is_asked_for_the_rest(
+    trusted: Trusted, server: Server, target: Path
+) -> None:
+    server.script = [Answer(cut=1000)]
+    for start, end in ((1000, 1300), (1300, 1600)):
+        told = {"Content-Range": f"bytes {start}-{end - 1}/{len(DATA)}"}
+        server.script.append(Answer(206, body=DATA[start:end], headers=told))
+    assert get(server, target, trusted) == DATA
+    assert server.ranges() == [None, "bytes=1000-", "bytes=1300-", "bytes=1600-"]
+
+
 def test_another_range_than_asked_for(server: Server, target: Path) -> None:
     part(target).write_bytes(DATA[:100])
     server.script = [Answer(status=206, body=DATA[50:], headers={"Content-Range": f"bytes 50-{len(DATA)}/*"})]
@@ -254,9 +270,28 @@ def test_a_redirect_is_followed_but_not_out_of_encryption(server: Server, target
     server.files["other.pth"] = DATA
     server.script = [Answer(302, headers={"Location": "/other.pth"})]
     assert get(server, target) == DATA
-    response = SimpleNamespace(status_code=200, headers={}, url="http://example.org/w.pth")
-    with pytest.raises(module._Never, match="without encryption"):
-        _Download("https://example.org/w.pth", target, KNOWN, QUICK, lambda *_: None)._accept(response, 0)
+    safe, unsafe = SimpleNamespace(url="https://example.org/w.pth"), SimpleNamespace(url="http://example.org/w.pth")
+    for history, url in (([safe], unsafe.url), ([safe, unsafe], safe.url)):
+        response = SimpleNamespace(status_code=200, headers={}, url=url, history=history)
+        with pytest.raises(module._Never, match="without encryption, http://example"):
+            _Download(safe.url, target, KNOWN, QUICK, lambda *_: None)._accept(response, 0)
+
+
+def test_a_certificate_that_is_refused_is_final_and_no_other_failure_of_encryption(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(VizattnError, match=r"the connection failed \(.*SSL.*\), 3 times in a row"):
+        download([f"{server.url.replace('http', 'https')}/w.pth"], target, KNOWN, "w", QUICK)
+    asked = []
+
+    def get(*args: Any, **_kwargs: Any) -> Any:
+        asked.append(args)
+        cause = SSLError(ssl.SSLCertVerificationError(1, "self-signed certificate"))
+        raise requests.exceptions.SSLError(MaxRetryError(HTTPSConnectionPool("h"), "/w.pth", cause))
+
+    monkeypatch.setattr(requests.Session, "get", get)
+    refuse(server, target, "its certificate is not accepted")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("url", ["htp://127.0.0.1/w.pth", "nothing", "http://"])

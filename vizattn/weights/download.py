@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,7 +143,8 @@ class _Download:
         while True:
             before = self._arrived()
             try:
-                self._receive(session)
+                while not self._receive(session):
+                    pass  # a server that gives less at a time than asked for
                 return self._finish()
             except _Later as error:
                 progress = self._arrived() - before >= 1_000_000 and not self.whole
@@ -154,8 +157,8 @@ class _Download:
                 logger.warning("%s: %s. Trying again in %.0f s.", without_login(self.url), error, pause)
                 time.sleep(pause)
 
-    def _receive(self, session: Any) -> None:
-        """One request: append to the part, or begin it anew."""
+    def _receive(self, session: Any) -> bool:
+        """One request: append to the part, or begin it anew. Whether the part is whole then."""
         import requests
         from urllib3.exceptions import HTTPError
 
@@ -166,15 +169,14 @@ class _Download:
         try:
             with session.get(self.url, headers=headers, stream=True, timeout=self.patience.timeout) as response:
                 start = self._accept(response, offset)
-                if start is not None:
-                    self._append(response, start)
+                return start is None or self._append(response, start)
         except requests.TooManyRedirects as error:
             raise _Never("it redirects in a loop") from error
-        except requests.exceptions.SSLError as error:
-            raise _Never(f"its certificate is not accepted ({_last(error)})") from error
         except requests.Timeout as error:
             raise _Later(f"no answer within {self.patience.timeout:g} s") from error
         except (requests.RequestException, HTTPError) as error:
+            if isinstance(_innermost(error), ssl.SSLCertVerificationError):
+                raise _Never(f"its certificate is not accepted ({_last(error)})") from error
             if isinstance(error, ValueError):  # InvalidURL, MissingSchema and their like
                 raise _Never(f"this is no address to download from ({_last(error)})") from error
             raise _Later(f"the connection failed ({_last(error)})") from error
@@ -182,8 +184,9 @@ class _Download:
     def _accept(self, response: Any, offset: int) -> int | None:
         """Where the body belongs in the part; None if the part is whole already."""
         status, headers = response.status_code, response.headers
-        if self.url.startswith("https:") and not response.url.startswith("https:"):
-            raise _Never(f"it redirects to an address without encryption, {without_login(response.url)}")
+        open_urls = [hop.url for hop in (*response.history, response) if not hop.url.startswith("https:")]
+        if self.url.startswith("https:") and open_urls:
+            raise _Never(f"it redirects to an address without encryption, {without_login(open_urls[0])}")
         if status == 416 and offset:
             if headers.get("Content-Range") == f"bytes */{offset}":
                 self.resumed = True
@@ -205,9 +208,13 @@ class _Download:
             raise self._misfit(f"the server sent another part than asked for ({headers.get('Content-Range')})")
         return offset
 
-    def _append(self, response: Any, offset: int) -> None:
+    def _append(self, response: Any, offset: int) -> bool:
+        """Write the body; whether the file is whole then, False where the server has more of it."""
         length = response.headers.get("Content-Length", "")
-        total = offset + int(length) if length.isdigit() else None
+        end = total = offset + int(length) if length.isdigit() else None
+        given = re.fullmatch(r"bytes \d+-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+        if response.status_code == 206 and given:
+            end, total = int(given[1]) + 1, int(given[2])
         if total is not None and self.trusted.size not in (None, total):
             raise _Never(f"the file has {total} bytes instead of {self.trusted.size}, says {self.trusted.according_to}")
         if total is not None and shutil.disk_usage(self.part.parent).free < total - offset:
@@ -227,8 +234,11 @@ class _Download:
                     if (done - mark) / passed < self.patience.slowest:
                         raise _Later(f"the server sends less than {self.patience.slowest:g} bytes a second")
                     mark, since = done, time.monotonic()
-        if total is not None and done < total:
-            raise _Later(f"the connection ended after {done} of {total} bytes")
+        if total is None or done >= total:
+            return True
+        if offset < done == end and not self.whole and self._resumable()[0] == done:
+            return False
+        raise _Later(f"the connection ended after {done} of {total} bytes")
 
     def _finish(self) -> str:
         """Check the part and give it its name."""
@@ -288,11 +298,17 @@ def _retry_after(value: str | None) -> float | None:
     return None
 
 
-def _last(error: BaseException) -> str:
-    """The innermost reason: requests wraps urllib3, which wraps the socket."""
+def _innermost(error: BaseException) -> Any:
+    """The first cause: requests wraps urllib3, which wraps the socket."""
     reason: Any = error
     while inner := getattr(reason, "reason", None) or next((a for a in reason.args if isinstance(a, Exception)), None):
         if not isinstance(inner, Exception):
             break
         reason = inner
+    return reason
+
+
+def _last(error: BaseException) -> str:
+    """The innermost reason, in words."""
+    reason = _innermost(error)
     return str(reason).rpartition(">: ")[2].rstrip(".") or type(reason).__name__
