@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +346,22 @@ def test_what_was_fetched_before_a_crash_is_used(server: Server) -> None:
     kept.write_bytes(published())
     get()
     assert server.requests == [] and not kept.exists()
+
+
+def test_again_asks_the_server(server: Server) -> None:
+    kept = cache_folder() / "downloads" / FILE
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(published(1))
+    get(again=True)
+    assert len(server.requests) == 1 and not kept.exists()
+    assert torch.equal(timm.create_model(NAME, pretrained=True).head.weight, state()["head.weight"])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_of_the_users_stays(whole: bool) -> None:
+    mine = cache_folder() / "downloads" / FILE
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(content := published() if whole else b"nothing")
+    with suppress(VizattnError):
+        get(given=mine)
+    assert mine.read_bytes() == content

@@ -74,6 +74,18 @@ def test_no_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         timm.create_model(NAME, pretrained=True)
 
 
+def test_the_older_file_of_the_hubs_cache_is_enough_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commit = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}", "b" * 40
+    for path, content in (("refs/main", commit.encode()), (f"snapshots/{commit}/pytorch_model.bin", published())):
+        (repository / path).parent.mkdir(parents=True)
+        (repository / path).write_bytes(content)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = timm.create_model(NAME, pretrained=True)
+    assert torch.equal(model.head.weight, state()["head.weight"])
+
+
 def test_a_mirror_goes_before_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIZATTN_MIRROR", f"{server.url}/mirror")
     server.files[f"mirror/{KEY}.safetensors"] = published()

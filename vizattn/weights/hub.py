@@ -33,6 +33,7 @@ def hub_file(hub_id: str, filename: str | None = None) -> Path:
 
     repository, _, revision = hub_id.partition("@")
     names = [filename] if filename else _NAMES
+    unreached: tuple[str, LocalEntryNotFoundError] | None = None
     for name in names:
         try:
             return Path(
@@ -42,11 +43,11 @@ def hub_file(hub_id: str, filename: str | None = None) -> Path:
                     revision=revision or None,
                     library_name="vizattn",
                     library_version=__version__,
+                    local_files_only=unreached is not None,  # no use waiting for the hub again
                 )
             )
         except LocalEntryNotFoundError as error:
-            reason = "it is not in the hub's cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
-            raise VizattnError(f"{hub_id}/{name}: {reason} ({_first_line(error.__cause__ or error)}).") from error
+            unreached = unreached or (name, error)  # the cache may have the next
         except EntryNotFoundError:
             continue
         except GatedRepoError as error:
@@ -57,6 +58,10 @@ def hub_file(hub_id: str, filename: str | None = None) -> Path:
             if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
                 raise  # the disk
             raise VizattnError(f"{hub_id}/{name}: {_first_line(error)}.") from error
+    if unreached:
+        name, missing = unreached
+        reason = "it is not in the hub's cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
+        raise VizattnError(f"{hub_id}/{name}: {reason} ({_first_line(missing.__cause__ or missing)}).") from missing
     raise VizattnError(f"{hub_id} has none of {', '.join(names)}.")
 
 

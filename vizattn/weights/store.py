@@ -115,8 +115,8 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
         if not again and given is None and _usable(target, release):  # another process was faster
             return target
         right = trusted(release.key)
-        path, source = (given, given.name) if given else _obtain(release, right, patience)
-        ours = path.parent == cache_folder() / "downloads"
+        path, source = (given, given.name) if given else _obtain(release, right, again, patience)
+        ours = not given and path.parent == cache_folder() / "downloads"
         size, sha256 = path.stat().st_size, sha256_of(path)
         right.check(str(path), size, sha256)
         try:
@@ -161,12 +161,13 @@ def _usable(path: Path, release: Release) -> bool:
     return sha256 is not None and sha256 == (right.sha256 or sha256)
 
 
-def _obtain(release: Release, right: Trusted, patience: Patience | None) -> tuple[Path, str]:
+def _obtain(release: Release, right: Trusted, again: bool, patience: Patience | None) -> tuple[Path, str]:
     """The published file and the address it came from: what an earlier call left, a mirror, the hub or the URL."""
     target = cache_folder() / "downloads" / release.file_name
-    with suppress(VizattnError, FileNotFoundError):  # an earlier call was stopped before it converted the file
-        right.check(target.name, target.stat().st_size, sha256_of(target))
-        return target, release.origin
+    if not again:
+        with suppress(VizattnError, FileNotFoundError):  # an earlier call was stopped before it converted the file
+            right.check(target.name, target.stat().st_size, sha256_of(target))
+            return target, release.origin
     target.parent.mkdir(parents=True, exist_ok=True)
     mirror = os.environ.get("VIZATTN_MIRROR")
     urls = [f"{mirror.rstrip('/')}/{release.file_name}"] if mirror else []
