@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
 from vizattn.errors import VizattnError
-from vizattn.weights import fetch, kept_in, release_of
+from vizattn.weights import fetch, kept_in, release_names, release_of
 
 from ._adapted import adaptations
 
@@ -85,13 +85,28 @@ def build(
         feature_cfg = {**feature_cfg, "out_indices": kwargs.pop("out_indices")}
     own = cfg.file or cfg.state_dict or cfg.source in ("hf-hub", "local-dir")
     release = release_of(cfg) if pretrained and not own else None
+    if pretrained and not own and not release:
+        raise _none_released(name)
     if release:
         with kept_in(kwargs.get("cache_dir")):
             overlay["file"] = str(fetch(release))
     headless = bool(kwargs.get("features_only"))
 
+    def not_loaded(error: Exception) -> VizattnError:
+        hub = f"the Hugging Face hub ({cfg.hf_hub_id})" if cfg.hf_hub_id else cfg.url
+        source = overlay.get("file") or cfg.file or hub
+        reason = " ".join(str(error).split()) or "There is no such file."
+        if release:
+            registered = release.key in release_names()
+            mend = f"fetch it anew with: vizattn weights fetch {release.key} --again" if registered else "remove it."
+            reason = f"{reason.rstrip('.')}. If the file is damaged, {mend}"
+        return VizattnError(f"The weights of {name!r} could not be loaded from {source}. {reason}")
+
     def fit(checkpoint: dict[str, Any], model: nn.Module) -> Any:
-        fitted = filter_fn(checkpoint, model)
+        try:
+            fitted = filter_fn(checkpoint, model)
+        except VizattnError as error:
+            raise (not_loaded(error) if release else error) from error.__cause__
         if changes := adaptations(checkpoint, fitted, model, cfg, headless):
             logger.info("The weights of %s are adapted: %s.", name, "; ".join(changes))
         return fitted
@@ -109,9 +124,7 @@ def build(
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         if not pretrained or (isinstance(error, RuntimeError) and not str(error).startswith(_LOADING)):
             raise
-        hub = f"the Hugging Face hub ({cfg.hf_hub_id})" if cfg.hf_hub_id else cfg.url
-        reason = " ".join(str(error).split()) or "There is no such file."
-        raise VizattnError(f"The weights of {name!r} could not be loaded from {cfg.file or hub}. {reason}") from error
+        raise not_loaded(error) from error
     if release:
         _forget(model, overlay["file"])
     return model
@@ -119,6 +132,14 @@ def build(
 
 # How the messages begin by which torch and timm refuse a file, a damaged archive, and weights that do not fit.
 _LOADING = ("weights_only=True blocked", "PytorchStreamReader", "Error(s) in loading state_dict", "Invalid magic")
+
+
+def _none_released(name: str) -> VizattnError:
+    family = model_entrypoint(name).__module__
+    others = {full.partition(".")[0] for full in release_names()}
+    others = {other for other in others if model_entrypoint(other).__module__ == family}
+    hint = f"; of its family these have some: {', '.join(sorted(others))}" if others else ""
+    return VizattnError(f"There are no weights of {name!r} to load, use it with pretrained=False{hint}.")
 
 
 def _forget(model: nn.Module, file: str) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from server import Answer, Server
 
 from vizattn.errors import VizattnError
-from vizattn.weights import cache_folder, cached_file, fetch, find, lock_file, release_of, trust, verify
+from vizattn.weights import cache_folder, cached_file, fetch, find, lock_file, release_of, save_converted, trust, verify
 from vizattn.weights.place import held
 
 FILE = f"{KEY}.pth"
@@ -365,3 +365,20 @@ def test_a_file_of_the_users_stays(whole: bool) -> None:
     with suppress(VizattnError):
         get(given=mine)
     assert mine.read_bytes() == content
+
+
+def test_a_cached_file_that_does_not_load_is_named() -> None:
+    path = get()
+    save_converted({"head.bias": torch.zeros(1)}, path, source_sha256=hashlib.sha256(published()).hexdigest())
+    with pytest.raises(VizattnError) as caught:
+        timm.create_model(NAME, pretrained=True)
+    message = str(caught.value)
+    assert f"could not be loaded from {path}. " in message
+    assert message.endswith(f"If the file is damaged, fetch it anew with: vizattn weights fetch {KEY} --again")
+
+
+def test_a_size_without_weights_names_those_that_have_some() -> None:
+    with pytest.raises(VizattnError, match=r"no weights of 'dinat_s_large'.*pretrained=False; .*dinat_s_tiny.*\.$"):
+        timm.create_model("dinat_s_large", pretrained=True)
+    with pytest.raises(VizattnError, match=r"no weights of 'halonet_va_h0' to load, use it with pretrained=False\.$"):
+        timm.create_model("halonet_va_h0", pretrained=True)
