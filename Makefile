@@ -58,9 +58,11 @@ $(BIN)/pip:
 .venv/.installed: pyproject.toml | $(BIN)/pip
 	@echo "Installing vizattn into .venv (minutes the first time: torch is large)"
 	@$(PIP) --editable .
+	@$(BIN)/python tools/editable_first.py
 	@touch $@
 
 .venv/.installed-test: pyproject.toml | $(BIN)/pip
 	@echo "Installing vizattn and its test tools into .venv (minutes the first time: torch is large)"
 	@$(PIP) --editable '.[test]'
+	@$(BIN)/python tools/editable_first.py
 	@touch $@ .venv/.installed

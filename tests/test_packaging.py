@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 import vizattn
 
@@ -46,3 +51,13 @@ def test_tools_are_a_few_lines_over_the_command_line() -> None:
     for name in ("train", "eval", "predict"):
         lines = (ROOT / "tools" / f"{name}.py").read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 12 and f'main(["{name}", *sys.argv[1:]])' in "\n".join(lines), name
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """Such as a clone of this repository, seen from the folder that holds it."""
+    if not Path(sysconfig.get_path("purelib"), "vizattn_editable_first.pth").is_file():
+        pytest.skip("this environment was not made by the Makefile")
+    (tmp_path / "vizattn").mkdir()
+    code = "import vizattn; print(vizattn.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(run.stdout.strip()) == Path(vizattn.__file__)
