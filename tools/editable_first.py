@@ -1,7 +1,7 @@
 """Make Python find this environment's editable install before any folder called `vizattn`; run by the Makefile.
 
-Python takes a folder `vizattn` beside a script, such as a clone of this repository, for a package without code, and asks
-what editable installs have only after that. A line in site-packages puts those first, at every start of Python.
+Python takes a folder `vizattn` beside a script, such as a clone of this repository, for a package without code, and
+asks what editable installs have only after that. A line in site-packages puts those first, at every start of Python.
 """
 
 import sysconfig
