@@ -1,4 +1,4 @@
-"""The manifest lists what is released, and each release converts for its native model."""
+"""The tables list what is released and reported, and each release converts for its native model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 from reference import load
+from timm.models._registry import _model_pretrained_cfgs
 
-from vizattn.weights import converted, find, manifest, release_names, release_of
+from vizattn.weights import converted, find, manifest, published, release_names, release_of
 
 REMAKE = "python tools/weights_manifest.py"
 
@@ -40,3 +41,20 @@ def test_released_keys_convert_without_memory(case: str, name: str) -> None:
     with torch.device("meta"):
         state = converted({"model": {key: torch.empty(shape) for key, shape in recorded["keys"]}}, find(name))
     assert sum(value.numel() for key, value in state.items() if "running" not in key) >= recorded["params"]
+
+
+def test_figures_of_papers_are_of_registered_models() -> None:
+    numbers = {"top1", "top1_in21k", "params_m", "gmacs"}
+    for name, figures in published().items():
+        assert figures["source"] == _model_pretrained_cfgs[name].paper_ids, name
+        assert set(figures) <= numbers | {"ade20k_miou", "source"} and figures["top1"] > 60
+        assert all(figures[key] > 0 for key in numbers & set(figures))
+        for scales in figures.get("ade20k_miou", {}).values():
+            assert set(scales) <= {"single_scale", "multi_scale"}
+            assert all(40 < value < 55 for value in scales.values()), name
+
+
+def test_figures_are_there_for_every_release_of_the_families() -> None:
+    """Those of the plain ViT are of many papers, none about the model alone; no paper has 11 x 11 neighborhoods."""
+    without = {name for name in set(manifest()) - set(published()) if not name.startswith("vit_va_")}
+    assert without == {"dinat_large_384_11x11.in22k_ft_in1k"}

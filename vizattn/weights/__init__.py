@@ -2,6 +2,7 @@
 
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
 from vizattn.weights.place import cache_folder, cached_file, kept_in
+from vizattn.weights.published import published
 from vizattn.weights.reading import read_weights
 from vizattn.weights.store import Release, fetch, find, release_names, release_of, verify
 from vizattn.weights.trust import lock_file, manifest, trusted
@@ -17,6 +18,7 @@ __all__ = [
     "lock_file",
     "manifest",
     "metadata_of",
+    "published",
     "read_weights",
     "release_names",
     "release_of",
