@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 # Each part of the package and the parts it may import; `errors`, `files`, `version` and the part itself always.
 ALLOWED = {
-    "vizattn": {"models", "adapters", "fuse"},  # vizattn/__init__.py: importing is registering
+    "vizattn": {"models", "adapters", "fuse", "heads"},  # vizattn/__init__.py: importing is registering
     "__main__": {"cli"},
     "fuse": {"adapters", "layers"},  # refuses models with adapters
     "layers": set(),
     "attention": {"layers"},
     "models": {"attention", "layers", "weights"},
-    "heads": {"attention", "layers"},
-    "adapters": {"attention", "layers"},
+    "heads": {"layers"},
+    "adapters": {"attention", "layers", "heads"},  # bundles of segmenters
     "weights": {"attention", "layers"},
     "data": {"attention", "layers"},
     "configs": set(),

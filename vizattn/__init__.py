@@ -14,9 +14,11 @@ from vizattn.adapters import (
 )
 from vizattn.errors import VizattnError
 from vizattn.fuse import fuse
+from vizattn.heads import Segmenter
 from vizattn.version import __version__
 
 __all__ = [
+    "Segmenter",
     "VizattnError",
     "__version__",
     "attach",
