@@ -1,7 +1,8 @@
 """Data sets and image transforms.
 
-Every data set gives `(image, label)`, with the image after the transform, and has `class_names`, `labels`, and
-`identity`: a hash of which images come in which order.
+Those for classification give `(image, label)`, with the image after the transform, and have `labels`. Those for
+segmentation give `(image, mask)`, both after the transform, and have `palette` and `ignore_index`. All have `class_names`
+and `identity`: a hash of which images come in which order.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from vizattn.data.segmentation_transforms import build_segmentation_transforms
 from vizattn.data.transforms import build_transforms, is_deterministic, preprocessing_of, transform_identity
 from vizattn.errors import VizattnError, unknown
 
 __all__ = [
     "DATASETS",
     "SPLITS",
+    "TASK_OF",
     "available_splits",
     "build_dataset",
+    "build_segmentation_transforms",
     "build_transforms",
     "is_deterministic",
     "preprocessing_of",
@@ -32,7 +36,9 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "glyphs": ("length", "seed"),
     "folder": ("val_fraction", "test_fraction", "seed", "on_error"),
+    "scenes": ("length", "seed"),
 }
+TASK_OF = {name: "segmentation" if name == "scenes" else "classification" for name in DATASETS}
 
 
 def build_dataset(
@@ -40,13 +46,13 @@ def build_dataset(
     split: str,
     *,
     root: str | os.PathLike[str] | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Dataset:
     """A data set by name.
 
     Args:
-        name: "digits", "glyphs" or "folder".
+        name: A key of `DATASETS`.
         split: "train", "val" or "test"; for "folder" also "all", see `ImageFolder`.
         root: Where the images are; for "folder" only.
         transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors). Without it items are PIL images.
@@ -65,6 +71,10 @@ def build_dataset(
         from vizattn.data.glyphs import Glyphs
 
         return Glyphs(split, transform, **chosen)
+    if name == "scenes":
+        from vizattn.data.scenes import Scenes
+
+        return Scenes(split, transform, **chosen)
     from vizattn.data.folder import ImageFolder
 
     return ImageFolder(_root(root), split, transform, **chosen)

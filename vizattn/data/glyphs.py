@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vizattn.data.drawing import Hashed, column, load_font, signed_distance, smooth_fields
 from vizattn.data.transforms import is_deterministic
 from vizattn.errors import VizattnError
 
@@ -144,7 +144,7 @@ class Glyphs(Dataset):
 def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> Tensor:
     """Images of the given indices, uint8 (B, 3, 32, 32); each depends on its own index alone."""
     index = np.asarray(indices, dtype=np.int64)
-    rng = _Hashed(f"{_RULE}/{split}/{seed}/{epoch}", index)
+    rng = Hashed(f"{_RULE}/{split}/{seed}/{epoch}", index)
     uniform, chance, sign = rng.uniform, rng.chance, rng.sign
     faces = len(FACES[split])
     tile = (index // len(CLASS_NAMES) % faces) * len(CLASS_NAMES) + index % len(CLASS_NAMES)
@@ -160,19 +160,19 @@ def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> T
     shift_x, shift_y = strength * uniform(-0.15, 0.15), strength * uniform(-0.12, 0.12)
     bend = 0.08 * strength * uniform(0.0, 1.0)
     uneven = 0.03 * strength * uniform(0.0, 1.0)
-    fields = _smooth(rng.normal(4 * 5 * 5).reshape(-1, 4, 5, 5))  # dx, dy, stroke, paper
+    fields = smooth_fields(rng.normal(4 * 5 * 5).reshape(-1, 4, 5, 5), IMAGE_SIZE)  # dx, dy, stroke, paper
     axis = (torch.arange(IMAGE_SIZE) + 0.5) * (2 / IMAGE_SIZE) - 1
-    x, y = axis - _column(shift_x), axis[:, None] - _column(shift_y)
-    cos, sin = _column(np.cos(angle)), _column(np.sin(angle))
+    x, y = axis - column(shift_x), axis[:, None] - column(shift_y)
+    cos, sin = column(np.cos(angle)), column(np.sin(angle))
     x, y = cos * x + sin * y, cos * y - sin * x
-    x = (x + _column(slant) * y) * _column(_CAP / _TILE / width) + _column(bend) * fields[:, 0]
-    y = y * _column(_CAP / _TILE / height) + _column(bend) * fields[:, 1]
+    x = (x + column(slant) * y) * column(_CAP / _TILE / width) + column(bend) * fields[:, 0]
+    y = y * column(_CAP / _TILE / height) + column(bend) * fields[:, 1]
     distance = F.grid_sample(distance, torch.stack([x, y], -1), padding_mode="border", align_corners=False)[:, 0]
 
     # Ink: the threshold is the stroke's growth; its slope, in pixels, is the softness of the edge.
-    growth = _column(uniform(-0.018, 0.06)) + _column(uneven) * fields[:, 2]
+    growth = column(uniform(-0.018, 0.06)) + column(uneven) * fields[:, 2]
     softness = np.where(chance(0.3), uniform(1.0, 3.0), 1.0)
-    ink = ((distance + growth) * _column(IMAGE_SIZE * height / softness) + 0.5).clamp_(0, 1)
+    ink = ((distance + growth) * column(IMAGE_SIZE * height / softness) + 0.5).clamp_(0, 1)
 
     # Paper and pen; "clean" is light on black at full contrast, as many scans are.
     clean = chance(0.6)
@@ -186,14 +186,14 @@ def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> T
     gradient_x, gradient_y = uniform(-1.0, 1.0), uniform(-1.0, 1.0)
     slope = 0.25 * contrast * chance(0.3) * ~clean
     texture = 0.12 * contrast * chance(0.3) * ~clean
-    ground = _column(slope * gradient_x) * axis + _column(slope * gradient_y) * axis[:, None]
-    ground = ground + _column(texture) * fields[:, 3]
+    ground = column(slope * gradient_x) * axis + column(slope * gradient_y) * axis[:, None]
+    ground = ground + column(texture) * fields[:, 3]
     paper_rgb = torch.from_numpy(paper[:, None] + tint[:, 0]).float()[..., None, None] + ground[:, None]
     pen_rgb = torch.from_numpy(pen[:, None] + tint[:, 1]).float()[..., None, None]
     image = torch.lerp(paper_rgb, pen_rgb.expand_as(paper_rgb), ink[:, None])
 
     noise = torch.from_numpy(rng.normal(IMAGE_SIZE**2)).float().view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
-    noise *= _column(np.where(chance(0.45), uniform(0.0, 0.1) * sign() * contrast, 0.0))[:, None]
+    noise *= column(np.where(chance(0.45), uniform(0.0, 0.1) * sign() * contrast, 0.0))[:, None]
     image = _scan(image, noise, rng.choice(_RESOLUTION_SHARES), rng.choice(np.array([0.65, 0.25, 0.1])))
     return image.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
@@ -217,60 +217,6 @@ def _scan(image: Tensor, noise: Tensor, resolution: np.ndarray, enlarge: np.ndar
     return out
 
 
-def _smooth(control: np.ndarray) -> Tensor:
-    """Control points (B, C, 5, 5) to smooth fields (B, C, 32, 32)."""
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    return F.interpolate(torch.from_numpy(control).float(), size=size, mode="bicubic", align_corners=True)
-
-
-def _column(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))[:, None, None]
-
-
-class _Hashed:
-    """Random numbers that are a hash of (key, index, how many were asked for before): the SplitMix64 sequence."""
-
-    def __init__(self, key: str, index: np.ndarray) -> None:
-        start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-        with np.errstate(over="ignore"):
-            self.state = _mix(np.uint64(start) + index.astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
-        self.used = 1
-
-    def bits(self, n: int) -> np.ndarray:
-        steps = np.arange(self.used, self.used + n, dtype=np.uint64)
-        self.used += n
-        with np.errstate(over="ignore"):
-            return _mix(self.state[:, None] + steps * np.uint64(0x9E3779B97F4A7C15))
-
-    def block(self, n: int) -> np.ndarray:
-        """Uniform in [0, 1), (B, n)."""
-        return (self.bits(n) >> np.uint64(11)) * 2.0**-53
-
-    def normal(self, n: int) -> np.ndarray:
-        """Close to a standard normal, (B, n): the sum of four uniforms."""
-        quarters = self.bits(n).view(np.uint16).reshape(len(self.state), n, 4)
-        return (quarters.sum(-1, dtype=np.float64) * 2.0**-16 - 2) * 3**0.5
-
-    def uniform(self, low: float, high: float) -> np.ndarray:
-        return low + (high - low) * self.block(1)[:, 0]
-
-    def chance(self, probability: float) -> np.ndarray:
-        return self.block(1)[:, 0] < probability
-
-    def sign(self) -> np.ndarray:
-        return np.where(self.chance(0.5), 1.0, -1.0)
-
-    def choice(self, shares: np.ndarray) -> np.ndarray:
-        return np.searchsorted(np.cumsum(shares)[:-1], self.block(1)[:, 0], side="right")
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def _atlas(split: str) -> np.ndarray:
     return _render("test" if split == "test" else "train")
 
@@ -278,31 +224,17 @@ def _atlas(split: str) -> np.ndarray:
 @functools.cache
 def _render(split: str) -> np.ndarray:
     """Signed distances to each letter's outline, uint8 (faces * 52, 64, 64): 128 on it, 8 a pixel, more inside."""
-    from scipy.ndimage import distance_transform_edt  # scipy comes with scikit-learn; slow to import
-
     side = _TILE * _SUPER
     tiles = []
     for face in FACES[split]:
-        font = _font(face, 100)
+        font = load_font(face.file, 100)
         left, top, right, bottom = font.getbbox(chr(face.upper + 7))
-        font = _font(face, 100 * _CAP * _SUPER / (bottom - top))
+        font = load_font(face.file, 100 * _CAP * _SUPER / (bottom - top))
         for start in (face.upper, face.lower):
             for letter in (chr(start + i) for i in range(26)):
                 left, top, right, bottom = font.getbbox(letter)
                 canvas = Image.new("L", (side, side))
                 corner = ((side - left - right) / 2, (side - top - bottom) / 2)
                 ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=font)
-                inside = np.asarray(canvas) > 127
-                signed = distance_transform_edt(inside) - distance_transform_edt(~inside)
-                tiles.append(signed.reshape(_TILE, _SUPER, _TILE, _SUPER).mean((1, 3)) / _SUPER)
+                tiles.append(signed_distance(np.asarray(canvas) > 127, _SUPER))
     return np.clip(np.stack(tiles) * 8 + 128, 0, 255).astype(np.uint8)
-
-
-def _font(face: Face, size: float) -> ImageFont.FreeTypeFont:
-    if face.file is None:
-        font = ImageFont.load_default(size)
-        assert isinstance(font, ImageFont.FreeTypeFont)
-        return font
-    import matplotlib
-
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", face.file), size)

@@ -15,7 +15,14 @@ from torchvision.transforms import v2
 
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["AUGMENTATIONS", "build_transforms", "is_deterministic", "preprocessing_of", "transform_identity"]
+__all__ = [
+    "AUGMENTATIONS",
+    "build_transforms",
+    "check_preprocessing",
+    "is_deterministic",
+    "preprocessing_of",
+    "transform_identity",
+]
 
 AUGMENTATIONS = ("none", "light", "standard")
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -47,21 +54,9 @@ def build_transforms(preprocessing: Mapping[str, Any], train: bool, augment: str
     Raises:
         VizattnError: Unknown augmentation or preprocessing key, or a value that makes no sense.
     """
-    if not isinstance(preprocessing, Mapping):
-        raise VizattnError(f"The preprocessing must be a dict of {', '.join(_KEYS)}, not {preprocessing!r}.")
+    settings = check_preprocessing(preprocessing)
     if augment not in AUGMENTATIONS:
         raise unknown("augmentation", augment, AUGMENTATIONS)
-    for key in preprocessing:
-        if key not in _KEYS:
-            raise unknown("preprocessing key", key, _KEYS)
-    settings = {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic", **preprocessing}
-    missing = [key for key in ("input_size", "mean", "std") if key not in settings]
-    if missing:
-        raise VizattnError(
-            f"The preprocessing lacks {', '.join(missing)}; it has {', '.join(preprocessing) or 'nothing'}."
-        )
-
-    _check_values(settings)
     size = list(settings["input_size"][1:])
     interpolation = str_to_interp_mode(settings["interpolation"])
     after: list[Callable[[Any], Any]] = [
@@ -78,6 +73,28 @@ def build_transforms(preprocessing: Mapping[str, Any], train: bool, augment: str
     fill = [round(255 * value) for value in settings["mean"]]
     randaugment = v2.RandAugment(num_ops=2, magnitude=9, interpolation=interpolation, fill=fill)
     return v2.Compose([crop, v2.RandomHorizontalFlip(), randaugment, *after, v2.RandomErasing(p=0.1)])
+
+
+def check_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """A complete copy of `preprocessing`, with timm's defaults for what may be missing.
+
+    Raises:
+        VizattnError: Unknown or missing key, or a value that makes no sense.
+    """
+    if not isinstance(preprocessing, Mapping):
+        raise VizattnError(f"The preprocessing must be a dict of {', '.join(_KEYS)}, not {preprocessing!r}.")
+    for key in preprocessing:
+        if key not in _KEYS:
+            raise unknown("preprocessing key", key, _KEYS)
+    settings = {"crop_pct": None, "crop_mode": "center", "interpolation": "bicubic", **preprocessing}
+    missing = [key for key in ("input_size", "mean", "std") if key not in settings]
+    if missing:
+        raise VizattnError(
+            f"The preprocessing lacks {', '.join(missing)}; it has {', '.join(preprocessing) or 'nothing'}."
+        )
+
+    _check_values(settings)
+    return settings
 
 
 def _check_values(settings: Mapping[str, Any]) -> None:
@@ -123,6 +140,8 @@ def is_deterministic(transform: Callable[[Any], Any] | None) -> bool:
         return all(is_deterministic(step) for step in transform.transforms)
     if isinstance(transform, ResizeKeepRatio):
         return transform.random_scale_prob == 0 and transform.random_aspect_prob == 0
+    if hasattr(transform, "deterministic"):  # those of image and mask
+        return bool(transform.deterministic)
     return transform is None or isinstance(transform, _DETERMINISTIC)
 
 
@@ -134,6 +153,8 @@ def transform_identity(transform: Callable[[Any], Any] | None) -> str:
     """
     if not is_deterministic(transform):
         raise ValueError(f"Only a deterministic transform has an identity, not {transform}")
+    if hasattr(transform, "identity"):
+        return str(transform.identity)
     steps = transform.transforms if isinstance(transform, v2.Compose) else [transform]
     described = [(type(step).__name__, sorted(_plain_options(step).items())) for step in steps]
     return hashlib.sha256(repr(described).encode()).hexdigest()
