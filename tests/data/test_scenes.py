@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vizattn.data import available_splits, build_dataset
@@ -90,14 +91,11 @@ def test_objects_cover_one_another_and_the_shapes_differ():
 def test_a_loader_gives_tensors_of_both():
     transform = build_segmentation_transforms(PREPROCESSING, train=True, augment="light", crop_size=(48, 48))
     dataset = build_dataset("scenes", "train", transform=transform, length=32)
-    for workers in (0, 1):
-        loader = build_loader(dataset, 16, train=True, num_workers=workers)
-        batches = list(loader)
-        assert [tuple(image.shape) for image, _ in batches] == [(16, 3, 48, 48)] * 2
-        assert [tuple(mask.shape) for _, mask in batches] == [(16, 48, 48)] * 2
-        if workers:
-            assert all((a == b).all() for new, old in zip(batches, before) for a, b in zip(new, old))
-        before = batches
+    here, there = (list(build_loader(dataset, 16, train=True, num_workers=workers)) for workers in (0, 1))
+    for images, masks in here:
+        assert images.shape == (16, 3, 48, 48) and masks.shape == (16, 48, 48)
+        assert images.dtype == torch.float32 and masks.dtype == torch.int64
+    assert all(torch.equal(a, b) for batch, other in zip(here, there, strict=True) for a, b in zip(batch, other))
 
 
 @pytest.mark.parametrize("length", [0, -3])

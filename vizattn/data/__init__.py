@@ -1,8 +1,8 @@
 """Data sets and image transforms.
 
 Those for classification give `(image, label)`, with the image after the transform, and have `labels`. Those for
-segmentation give `(image, mask)`, both after the transform, and have `palette` and `ignore_index`. All have `class_names`
-and `identity`: a hash of which images come in which order.
+segmentation give `(image, mask)`, both after the transform, and have `palette` and `ignore_index`. All have
+`class_names` and `identity`: a hash of which images come in which order.
 """
 
 from __future__ import annotations

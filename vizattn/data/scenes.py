@@ -48,7 +48,7 @@ _TEXTURES = 5  # plain, stripes, checks, clouds, grain
 class Scenes(Dataset):
     """Drawn scenes, 64 x 64 pixels: a function of (seed, split, index), and of the epoch in the training split.
 
-    An item is an image (PIL RGB) and its mask (uint8 array (64, 64) of positions in `class_names`), through `transform`.
+    An item is an image (PIL RGB) and its mask (uint8 (64, 64), positions in `class_names`), through `transform`.
     `train` draws new scenes after each `set_epoch`; `val` and `test` (with letters of other fonts) never change.
 
     Args:
@@ -116,9 +116,8 @@ def draw_scenes(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 
     count = 1 + rng.choice(np.full(_MOST, 1 / _MOST))
     quarters = np.argsort(rng.block(4), axis=1)  # objects begin in quarters of their own, and stray
 
-    layer = torch.zeros(
-        len(index), IMAGE_SIZE, IMAGE_SIZE, dtype=torch.int64
-    )  # 0: the ground; objects from back to front
+    # 0 is the ground; then the objects from back to front.
+    layer = torch.zeros(len(index), IMAGE_SIZE, IMAGE_SIZE, dtype=torch.int64)
     classes = np.zeros((len(index), _MOST + 1), dtype=np.uint8)
     for place in range(_MOST):
         shape = rng.choice(np.full(_SHAPES + 1, 1 / (_SHAPES + 1)))

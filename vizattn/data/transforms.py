@@ -140,9 +140,9 @@ def is_deterministic(transform: Callable[[Any], Any] | None) -> bool:
         return all(is_deterministic(step) for step in transform.transforms)
     if isinstance(transform, ResizeKeepRatio):
         return transform.random_scale_prob == 0 and transform.random_aspect_prob == 0
-    if hasattr(transform, "deterministic"):  # those of image and mask
-        return bool(transform.deterministic)
-    return transform is None or isinstance(transform, _DETERMINISTIC)
+    if isinstance(transform, _DETERMINISTIC):
+        return True
+    return transform is None or getattr(transform, "deterministic", False)  # the attribute: of image and mask
 
 
 def transform_identity(transform: Callable[[Any], Any] | None) -> str:
@@ -153,8 +153,8 @@ def transform_identity(transform: Callable[[Any], Any] | None) -> str:
     """
     if not is_deterministic(transform):
         raise ValueError(f"Only a deterministic transform has an identity, not {transform}")
-    if hasattr(transform, "identity"):
-        return str(transform.identity)
+    if identity := getattr(transform, "identity", None):
+        return str(identity)
     steps = transform.transforms if isinstance(transform, v2.Compose) else [transform]
     described = [(type(step).__name__, sorted(_plain_options(step).items())) for step in steps]
     return hashlib.sha256(repr(described).encode()).hexdigest()
