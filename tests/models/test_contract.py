@@ -119,6 +119,14 @@ def test_compiles_without_graph_breaks(family: str) -> None:
     compiled(x).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@every_family
+def test_scripts(family: str) -> None:
+    model = create(family)
+    x = images(FAMILIES[family].sizes[2])
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def dynamic_shapes(family: str) -> Any:
     from torch.export import Dim
 

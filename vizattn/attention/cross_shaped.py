@@ -24,7 +24,7 @@ def stripe_attention(
     stripe: tuple[int, int],
     num_heads: int,
     lepe_weight: Tensor,
-    lepe_bias: Tensor,
+    lepe_bias: Tensor | None,
     extra_kv: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def stripe_attention(
         stripe: Height and width of a stripe.
         num_heads: Heads h; must divide C.
         lepe_weight: Kernels of a depthwise convolution of an odd size k, (C, 1, k, k).
-        lepe_bias: Its bias (C).
+        lepe_bias: Its bias (C); None for none.
         extra_kv: Keys and values (B or 1, h, E, d) that every token may attend to besides.
         dropout_p: Share of attention weights set to zero.
 
