@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,10 @@ from timm.models import build_model_with_cfg, model_entrypoint, resolve_pretrain
 from torch import nn
 
 from vizattn.errors import VizattnError
-from vizattn.weights import fetch, kept_in, release_names, release_of
+from vizattn.weights import converted, fetch, fitted, kept_in, read_weights, release_names, release_of
 
 from ._adapted import adaptations
+from ._checkpoint import unwrap
 
 __all__ = ["build", "glyphs_cfg", "imagenet_cfg"]
 
@@ -83,18 +85,21 @@ def build(
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     if "out_indices" in kwargs:
         feature_cfg = {**feature_cfg, "out_indices": kwargs.pop("out_indices")}
-    own = cfg.file or cfg.state_dict or cfg.source in ("hf-hub", "local-dir")
-    release = release_of(cfg) if pretrained and not own else None
-    if pretrained and not own and not release:
+    elsewhere = cfg.state_dict or cfg.source in ("hf-hub", "local-dir")
+    release = release_of(cfg) if pretrained and not elsewhere and not cfg.file else None
+    if pretrained and not elsewhere and not cfg.file and not release:
         raise _none_released(name)
+    file = Path(str(cfg.file)) if pretrained and cfg.file and not elsewhere else None
     if release:
         with kept_in(kwargs.get("cache_dir")):
-            overlay["file"] = str(fetch(release))
+            file = fetch(release)
+    if file:  # read below: timm goes by the ending of its name, and prefers other entries of a checkpoint than we
+        overlay["state_dict"] = {_FILE: str(file)}
     headless = bool(kwargs.get("features_only"))
 
     def not_loaded(error: Exception) -> VizattnError:
         hub = f"the Hugging Face hub ({cfg.hf_hub_id})" if cfg.hf_hub_id else cfg.url
-        source = overlay.get("file") or cfg.file or hub
+        source = file or cfg.file or hub
         reason = " ".join(str(error).split()) or "There is no such file."
         if release:
             registered = release.key in release_names()
@@ -104,12 +109,18 @@ def build(
 
     def fit(checkpoint: dict[str, Any], model: nn.Module) -> Any:
         try:
-            fitted = filter_fn(checkpoint, model)
+            if file:
+                checkpoint = read_weights(file)
+            state = fitted(checkpoint, model, filter_fn)
         except VizattnError as error:
             raise (not_loaded(error) if release else error) from error.__cause__
-        if changes := adaptations(checkpoint, fitted, model, cfg, headless):
-            logger.info("The weights of %s are adapted: %s.", name, "; ".join(changes))
-        return fitted
+        given = unwrap(checkpoint)
+        if file and not release and not given.keys() >= state.keys():  # under the names of its release
+            with suppress(VizattnError):
+                given = converted(checkpoint, cfg)
+        if changes := adaptations(given, state, model, cfg, headless):
+            logger.warning("The weights of %s are adapted: %s.", name, "; ".join(changes))
+        return state
 
     try:
         model = build_model_with_cfg(
@@ -125,10 +136,12 @@ def build(
         if not pretrained or (isinstance(error, RuntimeError) and not str(error).startswith(_LOADING)):
             raise
         raise not_loaded(error) from error
-    if release:
-        _forget(model, overlay["file"])
+    if file:
+        _forget(model)
     return model
 
+
+_FILE = "the file of the weights"
 
 # How the messages begin by which torch and timm refuse a file, a damaged archive, and weights that do not fit.
 _LOADING = ("weights_only=True blocked", "PytorchStreamReader", "Error(s) in loading state_dict", "Invalid magic")
@@ -142,9 +155,9 @@ def _none_released(name: str) -> VizattnError:
     return VizattnError(f"There are no weights of {name!r} to load, use it with pretrained=False{hint}.")
 
 
-def _forget(model: nn.Module, file: str) -> None:
+def _forget(model: nn.Module) -> None:
     """Take the place in our cache out of the cfg, which is saved and published with the model."""
     for part in model.modules():
         cfg = getattr(part, "pretrained_cfg", None)
-        if isinstance(cfg, dict) and cfg.get("file") == file:
-            del cfg["file"]
+        if isinstance(cfg, dict) and _FILE in (cfg.get("state_dict") or {}):
+            del cfg["state_dict"]

@@ -18,13 +18,16 @@ NESTED = ("state_dict_ema", "model", "state_dict", "model_ema")
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The weights inside a checkpoint, in float32 where they were stored in half precision.
 
-    Training scripts nest them, some twice, and distributed training begins each key with ``module.``. Storage types
-    narrower than float32 are widened here so that resizing does not round.
+    Training scripts nest them, some twice; distributed training begins each key with ``module.``, and compiled models
+    begin them with ``_orig_mod.``. Storage types narrower than float32 are widened here so that resizing does not
+    round.
     """
-    while nested := [key for key in NESTED if isinstance(checkpoint.get(key), dict)]:
-        checkpoint = checkpoint[nested[0]]
-    if checkpoint and all(key.startswith("module.") for key in checkpoint):
-        checkpoint = {key.removeprefix("module."): value for key, value in checkpoint.items()}
+    for _ in range(3):  # not for ever: a file may hold itself
+        if nested := [key for key in NESTED if isinstance(checkpoint.get(key), dict)]:
+            checkpoint = checkpoint[nested[0]]
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if checkpoint and all(key.startswith(prefix) for key in checkpoint):
+            checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items()}
     return {
         key: value.float() if value.is_floating_point() and value.itemsize < 4 else value
         for key, value in checkpoint.items()

@@ -80,7 +80,7 @@ class _Messages(logging.Handler):
     """Shows on stderr what the library has to say, such as where weights come from; in the main process of several."""
 
     def __init__(self) -> None:
-        super().__init__(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        super().__init__(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         self.logger = logging.getLogger("vizattn")
         self.before = self.logger.level
         self.logger.setLevel(logging.INFO)

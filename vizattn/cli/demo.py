@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                     console.print(f"{method}, seed {seed}")
             bars.update(now, description=f"{method}, seed {seed}", completed=done, total=total)
 
-        logging.getLogger("vizattn").setLevel(logging.WARNING)  # each run would say that its head is new
+        logging.getLogger("vizattn").setLevel(logging.ERROR)  # each run would say that its head is new
         rows = run_demo(folder, seeds, methods, show)
         bars.update(whole, completed=len(methods) * len(seeds))
         bars.update(now, visible=False)

@@ -1,6 +1,6 @@
 """Released weights: fetched, checked, read safely, converted to our keys, and kept. See `store.fetch`."""
 
-from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
+from vizattn.weights.convert import converted, fitted, metadata_of, save_converted, tensors_digest
 from vizattn.weights.place import cache_folder, cached_file, kept_in
 from vizattn.weights.published import published
 from vizattn.weights.reading import read_weights
@@ -14,6 +14,7 @@ __all__ = [
     "converted",
     "fetch",
     "find",
+    "fitted",
     "kept_in",
     "lock_file",
     "manifest",

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vizattn.errors import VizattnError
 from vizattn.files import replacing
 
-__all__ = ["FORMAT_VERSION", "converted", "metadata_of", "save_converted", "tensors_digest"]
+__all__ = ["FORMAT_VERSION", "converted", "fitted", "metadata_of", "save_converted", "tensors_digest"]
 
 FORMAT_VERSION = 1
 """Rises when a family's keys change: what older versions converted is then fetched anew."""
@@ -33,6 +33,41 @@ def _native_model(cfg: PretrainedCfg) -> nn.Module:
     return model
 
 
+def _family(cfg: PretrainedCfg) -> Any:
+    """The module of the model's family."""
+    return sys.modules[model_entrypoint(str(cfg.architecture)).__module__]
+
+
+def fitted(checkpoint: dict[str, Any], model: nn.Module, filter_fn: Callable[..., Any]) -> dict[str, Tensor]:
+    """What a family's `checkpoint_filter_fn` makes of a checkpoint for `model`.
+
+    Raises:
+        VizattnError: It is no checkpoint of this model; what differs is named.
+    """
+    try:
+        state: dict[str, Tensor] = filter_fn(checkpoint, model)
+    except VizattnError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:  # not a state dict
+        raise VizattnError(
+            f"This is no checkpoint of {type(model).__name__}: {type(error).__name__}: {error}. "
+            f"It has {', '.join(map(str, [*checkpoint][:3])) or 'nothing'}{', ...' if len(checkpoint) > 3 else ''}."
+        ) from error
+    like = model.state_dict()
+    odd = [
+        f"{key} ({str(value.dtype).removeprefix('torch.')}, {str(value.layout).removeprefix('torch.')})"
+        for key, value in state.items()
+        if value.layout != torch.strided
+        or value.is_quantized
+        or value.is_complex()
+        or (key in like and like[key].is_floating_point() and not value.is_floating_point())
+    ]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise VizattnError(f"These weights of {type(model).__name__} are not plain numbers: {odd[0]}{more}.")
+    return state
+
+
 def converted(checkpoint: dict[str, Any], cfg: PretrainedCfg) -> dict[str, Tensor]:
     """A checkpoint of a release as weights of our model, complete and in its shapes.
 
@@ -40,16 +75,7 @@ def converted(checkpoint: dict[str, Any], cfg: PretrainedCfg) -> dict[str, Tenso
         VizattnError: It is of another model; what differs is named.
     """
     model = _native_model(cfg)
-    filter_fn = sys.modules[model_entrypoint(str(cfg.architecture)).__module__].checkpoint_filter_fn
-    try:
-        state: dict[str, Tensor] = filter_fn(checkpoint, model)
-    except VizattnError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:  # not a state dict
-        raise VizattnError(
-            f"This is no checkpoint of {cfg.architecture}: {type(error).__name__}: {error}. "
-            f"It has {', '.join(map(str, [*checkpoint][:3])) or 'nothing'}{', ...' if len(checkpoint) > 3 else ''}."
-        ) from error
+    state = fitted(checkpoint, model, _family(cfg).checkpoint_filter_fn)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

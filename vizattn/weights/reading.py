@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vizattn.errors import VizattnError
 
@@ -33,21 +37,53 @@ def check_is_weights(path: Path) -> str:
         head = file.read(64)
     if kind := _kind(head):
         return kind
-    what = "an empty file" if not head else "a web page" if head.lstrip().startswith(b"<") else "not a file of weights"
+    what = "not a file of weights"
+    if not head:
+        what = "an empty file"
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        what = "a web page"
+    elif head[:1] == b"\x80" and head[1:2] in (b"\x03", b"\x04", b"\x05"):
+        what = "a bare pickle, which only its author's code could read, and not a file of weights"
     raise VizattnError(f"{path.name} is {what}; it begins with {head[:24]!r}.")
+
+
+class _Ignored:
+    """Stands for a number or an array of NumPy beside the weights: nothing of it is computed or kept."""
+
+    def __init__(self, *_args: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+class _Settings:
+    """Stands for the configuration that Swin's training script stores: becomes a plain dictionary."""
+
+    def __new__(cls, *_args: object) -> Any:
+        return OrderedDict()
+
+
+# What training scripts store beside the weights, by the names in their files. None of these classes is imported: what
+# takes their place does nothing.
+_HARMLESS: list[Any] = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
+_HARMLESS += [(_Ignored, f"numpy.{name}") for name in ("dtype", "ndarray")]
+_HARMLESS += [
+    (_Ignored, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+]
 
 
 def read_weights(path: Path) -> dict[str, Any]:
     """The checkpoint in a safetensors file or a file of `torch.save`, on the CPU.
 
-    Besides tensors and plain values only `argparse.Namespace` is accepted, which many training scripts store.
+    Besides tensors and plain values `argparse.Namespace` is read, and some classes that training scripts store are
+    passed over (`_HARMLESS`). No other object is made, no code of the file runs.
 
     Raises:
         VizattnError: Damaged, something else than a checkpoint, or holding an object of a class that is refused.
         OSError: There is no such file.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     kind = check_is_weights(path)
@@ -55,9 +91,12 @@ def read_weights(path: Path) -> dict[str, Any]:
         if kind == "safetensors":
             return load_file(path)
         # An open file, as torch goes by the name of a path.
-        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+        with torch.serialization.safe_globals(_HARMLESS), open(path, "rb") as file:
+            _check_archive(file)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, VizattnError):
+        raise
+    except Exception as error:  # a damaged pickle makes its reader fail in any way
         reason = str(error)
         # Only torch tells it, in a sentence: "Unsupported global: GLOBAL posix.system was not an allowed global ..."
         refused = re.search(r"(?:GLOBAL|of type|import of|class) ([\w.]+\.[\w.]+)", reason)
@@ -72,3 +111,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise VizattnError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights.")
     return checkpoint
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse a zip archive that `torch.save` did not write: a program, or one that unpacks to more than it has."""
+    if file.read(2) == b"PK":
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:  # torch says what is wrong with it
+            entries = archive.infolist()
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise VizattnError(f"{file.name} is a TorchScript program, not a file of weights.")
+            if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+                raise VizattnError(f"{file.name} is refused: it is compressed, which torch does not do.")
+    file.seek(0)
