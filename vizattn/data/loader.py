@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from vizattn.errors import VizattnError
 
 __all__ = ["EpochSampler", "build_loader"]
 
@@ -26,7 +28,7 @@ def build_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader of `(images, labels)` batches.
+    """A loader of `(images, labels)` or `(images, masks)` batches.
 
     Call `loader.sampler.set_epoch(epoch)` before each training epoch (the engine's `SeedHook` does). To go on
     in the middle of an epoch call `loader.sampler.skip(batches * batch_size)` after that.
@@ -49,6 +51,7 @@ def build_loader(
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle=train, seed=seed, rank=rank, world_size=world_size),
         num_workers=num_workers,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         # Every iterator draws a seed for its workers: from its own generator, not from the model's.
         generator=torch.Generator().manual_seed(seed),
@@ -127,6 +130,20 @@ class _Seeded(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
+
+
+def _collate(items: list[Any]) -> Any:
+    try:
+        return default_collate(items)
+    except RuntimeError:
+        sizes = {tuple(image.shape[-2:]) for image, _ in items if isinstance(image, torch.Tensor)}
+        if len(sizes) < 2:
+            raise
+        (height, width), (other_height, other_width), *_ = sorted(sizes)
+        raise VizattnError(
+            f"The images of a batch differ in size, as {height} x {width} and {other_height} x {other_width} pixels: "
+            "set data.crop_size, or data.batch_size=1."
+        ) from None
 
 
 def _hash(*numbers: int) -> int:

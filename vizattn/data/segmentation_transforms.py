@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from vizattn.errors import VizattnError, unknown
 __all__ = ["AUGMENTATIONS", "IGNORE_INDEX", "SegmentationTransform", "build_segmentation_transforms"]
 
 IGNORE_INDEX = 255
-AUGMENTATIONS = ("none", "light", "standard")
-_SCALES = {"none": (1.0, 1.0), "light": (0.75, 1.33), "standard": (0.5, 2.0)}
+AUGMENTATIONS = ("none", "light", "ade20k")
+_SCALES = {"none": (1.0, 1.0), "light": (0.75, 1.33), "ade20k": (0.5, 2.0)}
 _MOST_OF_ONE = 0.75  # share of a crop that one class may fill
 _TRIES = 10
 
@@ -29,7 +30,7 @@ class SegmentationTransform:
     """From an image (PIL RGB) and its mask (uint8 (H, W)) to a normalised float32 tensor (3, h, w) and int64 labels.
 
     For evaluation only the image is resized; labels (H, W) stay as they are. For training both are scaled, cropped and
-    padded to `crop_size`. Randomness comes from torch's default generator.
+    padded to one size. Randomness comes from torch's default generator.
 
     See `build_segmentation_transforms` for the arguments.
 
@@ -41,6 +42,7 @@ class SegmentationTransform:
     def __init__(
         self,
         preprocessing: Mapping[str, Any],
+        train: bool,
         augment: str,
         crop_size: tuple[int, int] | None,
         short_side: int | None,
@@ -49,8 +51,9 @@ class SegmentationTransform:
         self.augment = augment
         self.crop_size = crop_size
         self.short_side = short_side
-        self.deterministic = crop_size is None
-        described = (sorted(self.preprocessing.items()), augment, crop_size, short_side)
+        self.deterministic = not train or (augment == "none" and crop_size is None)
+        used = None if self.deterministic else (augment, crop_size)
+        described = (sorted(self.preprocessing.items()), short_side, used)
         self.identity = hashlib.sha256(repr(described).encode()).hexdigest()
         self._mean = torch.tensor(self.preprocessing["mean"], dtype=torch.float32).mul_(255).view(3, 1, 1)
         self._std = torch.tensor(self.preprocessing["std"], dtype=torch.float32).mul_(255).view(3, 1, 1)
@@ -58,24 +61,27 @@ class SegmentationTransform:
         self._steps: Any = None
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        if self.crop_size is None:
+        if self.deterministic:
             return self.prepare(image), torch.from_numpy(mask.astype(np.int64))
         if self._steps is None:
-            fill = tuple(round(255 * value) for value in self.preprocessing["mean"])
-            self._steps = _augmentation(self.augment, self.crop_size, self.short_side, self._resample, fill)
+            self._steps = _augmentation(self.augment, self.crop_size, self.short_side, self._resample)
         # One generator for all steps: albumentations' own seeding gives each step the same numbers.
         seed = int(torch.randint(2**62, ()))
         self._steps.set_random_state(np.random.default_rng(seed), random.Random(seed))
         done = self._steps(image=np.asarray(image), mask=mask)
-        return self._normalised(done["image"]), torch.from_numpy(done["mask"].astype(np.int64))
+        tensor, labels = self._normalised(done["image"]), torch.from_numpy(done["mask"].astype(np.int64))
+        height, width = self.crop_size or _scaled(image.size[::-1], self._scale(image))
+        missing = (0, width - tensor.shape[-1], 0, height - tensor.shape[-2])
+        return F.pad(tensor, missing), F.pad(labels, missing, value=IGNORE_INDEX)  # 0 is the mean colour
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An image as evaluation and prediction see it, (3, h, w): its short side resized, where that is asked for."""
         if self.short_side is not None:
-            scale = self.short_side / min(image.size)
-            width, height = (max(1, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), self._resample)
+            image = image.resize(_scaled(image.size, self._scale(image)), self._resample)
         return self._normalised(np.asarray(image))
+
+    def _scale(self, image: Image.Image) -> float:
+        return 1.0 if self.short_side is None else self.short_side / min(image.size)
 
     def _normalised(self, pixels: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
@@ -96,14 +102,14 @@ def build_segmentation_transforms(
     """The transform from (image, mask) to a pair of tensors.
 
     Args:
-        preprocessing: As `preprocessing_of` returns it; mean, std, interpolation and, for training without `crop_size`,
-            input_size are used.
+        preprocessing: As `preprocessing_of` returns it; mean, std and interpolation are used.
         train: Crop, and augment; an evaluation transform ignores `augment` and `crop_size`.
-        augment: "none" (only a random crop), "light" (scale 0.75 to 1.33 and changes of light; no flip) or "standard"
-            (customary on ADE20K, Pascal VOC and Cityscapes: scale 0.5 to 2, a crop of which no class fills more than
-            three quarters if ten tries find one, horizontal flip, changes of light and colour).
-        crop_size: Height and width of what training sees; smaller images are padded at the right and at the bottom,
-            with the mean colour and with labels 255. The preprocessing's input_size by default.
+        augment: "none" (only a random crop, if `crop_size` is given), "light" (scale 0.75 to 1.33 and changes of light;
+            no flip) or "ade20k" (customary on ADE20K, Pascal VOC and Cityscapes: scale 0.5 to 2, a crop of which no
+            class fills more than three quarters if ten tries find one, horizontal flip, changes of light and colour).
+        crop_size: Height and width of what training sees, by default those of the image, which must then be the same
+            for all of a batch. Smaller images are padded at the right and at the bottom, with the mean colour and with
+            labels 255.
         short_side: Pixels to which the short side of an image is resized before all else; by default it stays.
 
     Raises:
@@ -115,20 +121,13 @@ def build_segmentation_transforms(
     if short_side is not None and short_side < 1:
         raise VizattnError(f"short_side must be at least 1 pixel, not {short_side}.")
     used = {key: settings[key] for key in ("mean", "std", "interpolation")}
-    if not train:
-        return SegmentationTransform(used, "none", None, short_side)
-    height, width = crop_size or settings["input_size"][1:]
-    if min(height, width) < 1:
+    if crop_size is not None and (len(crop_size) != 2 or min(crop_size) < 1):
         raise VizattnError(f"crop_size must be [height, width] in pixels, not {crop_size}.")
-    return SegmentationTransform(used, augment, (height, width), short_side)
+    return SegmentationTransform(used, train, augment, crop_size, short_side)
 
 
 def _augmentation(
-    augment: str,
-    crop_size: tuple[int, int],
-    short_side: int | None,
-    resample: Image.Resampling,
-    fill: tuple[int, ...],
+    augment: str, crop_size: tuple[int, int] | None, short_side: int | None, resample: Image.Resampling
 ) -> Any:
     """The steps of training as one `albumentations.Compose`."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks PyPI for a newer release
@@ -138,19 +137,18 @@ def _augmentation(
         """A window of the scaled image; only what the window shows is resampled."""
 
         def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-            height, width = data["image"].shape[:2]
-            scale = self.py_random.uniform(*_SCALES[augment])
-            if short_side is not None:
-                scale *= short_side / min(height, width)
-            scaled = max(1, round(height * scale)), max(1, round(width * scale))
-            size = min(scaled[0], crop_size[0]), min(scaled[1], crop_size[1])
-            for _ in range(_TRIES if augment == "standard" else 1):
+            height, width = native = data["image"].shape[:2]
+            scale = 1.0 if short_side is None else short_side / min(native)
+            limit = crop_size or _scaled(native, scale)
+            scaled = _scaled(native, scale * self.py_random.uniform(*_SCALES[augment]))
+            size = min(scaled[0], limit[0]), min(scaled[1], limit[1])
+            for _ in range(_TRIES if augment == "ade20k" else 1):
                 top = self.py_random.randint(0, scaled[0] - size[0])
                 left = self.py_random.randint(0, scaled[1] - size[1])
                 rows = _sources(top, size[0], scaled[0], height)
                 columns = _sources(left, size[1], scaled[1], width)
                 labels = data["mask"][rows[:, None], columns]
-                if augment != "standard" or _varied(labels):
+                if augment != "ade20k" or _varied(labels):
                     break
             ratio_y, ratio_x = height / scaled[0], width / scaled[1]
             box = left * ratio_x, top * ratio_y, (left + size[1]) * ratio_x, (top + size[0]) * ratio_y
@@ -166,7 +164,7 @@ def _augmentation(
     steps: list[Any] = [ScaledCrop(p=1.0)]
     if augment == "light":
         steps.append(A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=1.0))
-    if augment == "standard":
+    if augment == "ade20k":
         same = (1.0, 1.0)
         colour = {"brightness": same, "contrast": same, "saturation": same, "hue": (0.0, 0.0), "p": 0.5}
         steps += [
@@ -176,8 +174,11 @@ def _augmentation(
             A.ColorJitter(**{**colour, "saturation": (0.5, 1.5)}),
             A.ColorJitter(**{**colour, "hue": (-0.05, 0.05)}),  # 18 degrees
         ]
-    pad = A.PadIfNeeded(*crop_size, position="top_left", fill=fill, fill_mask=IGNORE_INDEX)
-    return A.Compose([*steps, pad])
+    return A.Compose(steps)
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _sources(start: int, count: int, scaled: int, native: int) -> np.ndarray:
