@@ -5,7 +5,6 @@ Stochastic depth, which each recipe sets, is a choice made here.
 """
 
 task = "segmentation"
-adapter = None
 head = dict(name="upernet", channels=512, auxiliary=True)
 data = dict(
     name="segmentation_folder",

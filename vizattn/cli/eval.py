@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="FILE", help="with --pretrained or --bundle: the backbone's published weights, got by hand"
     )
-    parser.add_argument("--data", metavar="DIR", help="a folder of images, one sub-folder a class")
+    parser.add_argument("--data", metavar="DIR", help="a folder: a sub-folder a class, or images and masks")
     parser.add_argument(
         "--split", help="train, val or test (default: test; all images where --data has no split folders)"
     )
@@ -46,18 +46,23 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.engine.runner import is_main_process
     from vizattn.errors import VizattnError
 
+    from .train import folder_data_set
+
     if (args.trained is None) == (args.bundle is None) or (args.pretrained and args.bundle):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
     overrides: dict[str, Any] = {"amp": args.amp} if args.amp else {}
     if args.data is not None:
-        overrides |= {"data.name": "folder", "data.root": args.data}
+        overrides |= {"data.root": args.data}
     overrides |= parse_overrides(args.cfg_options)
-    split = args.split or ("all" if args.data is not None and not has_split_folders(args.data) else "test")
-    trained: Trained
-    if args.pretrained:
-        trained = as_published(load_recipe(find_recipe(args.trained)), args.weights, overrides, split)
-    else:
-        trained = load_trained(_find(args), args.weights)
+    trained: Trained | None = None if args.pretrained else load_trained(_find(args), args.weights)
+    recipe = load_recipe(find_recipe(args.trained)) if trained is None else trained.config
+    split = args.split or "test"
+    if args.data is not None:
+        overrides = {"data.name": folder_data_set(recipe)} | overrides
+        if not args.split and overrides["data.name"] == "folder" and not has_split_folders(args.data):
+            split = "all"
+    if trained is None:
+        trained = as_published(recipe or {}, args.weights, overrides, split)
     name = args.trained or args.bundle
     metrics = evaluate(trained, split=split, overrides=overrides, device=args.device)
     if not is_main_process():
@@ -71,13 +76,17 @@ def run(args: argparse.Namespace) -> int:
 
     table = Table(title=f"{escape(name)}: {split}, {metrics['samples']} images")
     table.add_column("class")
-    table.add_column("accuracy", justify="right")
-    for name, accuracy in metrics["accuracy_per_class"].items():
-        table.add_row(escape(name), "no images" if accuracy is None else f"{accuracy:.2%}")
+    per_class = next(key for key in metrics if key.endswith("_per_class"))
+    table.add_column("IoU" if per_class == "iou_per_class" else "accuracy", justify="right")
+    for name, value in metrics[per_class].items():
+        table.add_row(escape(name), "none seen" if value is None else f"{value:.2%}")
     table.add_section()
-    table.add_row("top-1", f"{metrics['accuracy']:.2%}")
-    table.add_row("top-5", f"{metrics['accuracy_top5']:.2%}")
-    table.add_row("cross entropy", f"{metrics['loss']:.4f}")
+    titles = {"accuracy": "top-1", "accuracy_top5": "top-5", "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+    for key, title in titles.items():
+        if key in metrics:
+            table.add_row(title, f"{metrics[key]:.2%}")
+    if "loss" in metrics:
+        table.add_row("cross entropy", f"{metrics['loss']:.4f}")
     Console().print(table)
     return 0
 

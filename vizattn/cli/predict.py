@@ -1,4 +1,4 @@
-"""Classify images: the likeliest classes of each, by name."""
+"""Classify images, or segment them: the likeliest classes of each, by name; of segmenters also masks and overlays."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
+    parser.add_argument(
+        "--masks", type=Path, metavar="DIR", help="of a segmenter: where masks and overlays go (default: predictions)"
+    )
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
 
@@ -40,14 +43,24 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.data import build_transforms
     from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
+    from vizattn.errors import VizattnError
+    from vizattn.heads import Segmenter
+
+    from .predict_masks import predict_masks, unique_names
 
     paths = expand(args.images)
     trained = load_trained(args.bundle, args.weights)
     model = trained.model.to(choose_device(args.device))
-    transform = build_transforms(trained.preprocessing, train=False)
-    results = []
-    for batch in _with_progress(paths, args.batch_size):
-        results += predict_batch(model, batch, transform, trained.class_names, args.top_k)
+    results: list[dict[str, Any]] = []
+    if isinstance(model, Segmenter):
+        each = (batch[0] for batch in _with_progress(paths, 1))
+        results += predict_masks(trained, zip(each, unique_names(paths)), args.masks or Path("predictions"), args.top_k)
+    elif args.masks:
+        raise VizattnError(f"--masks is for models that segment images; {args.bundle} classifies them.")
+    else:
+        transform = build_transforms(trained.preprocessing, train=False)
+        for batch in _with_progress(paths, args.batch_size):
+            results += predict_batch(model, batch, transform, trained.class_names, args.top_k)
 
     text = {"table": _table, "json": _json, "csv": _csv}[args.format](results)
     if args.output:
@@ -136,7 +149,9 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
 
     rows = []
     for result in results:
-        best = [f"{p['class']} {100 * p['probability']:.1f} %" for p in result.get("predictions", [])]
+        best = [
+            f"{p['class']} {100 * p.get('probability', p.get('share')):.1f} %" for p in result.get("predictions", [])
+        ]
         rows.append(
             {"image": result["image"], "prediction": best[0] if best else "unreadable", "then": ", ".join(best[1:])}
         )
@@ -150,12 +165,13 @@ def _json(results: Sequence[dict[str, Any]]) -> str:
 def _csv(results: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["image", "rank", "class", "probability", "error"])
+    number = "share" if any("mask" in result for result in results) else "probability"
+    writer.writerow(["image", "rank", "class", number, "error"])
     for result in results:
         if "error" in result:
             writer.writerow([result["image"], "", "", "", result["error"]])
         for rank, best in enumerate(result.get("predictions", []), 1):
-            writer.writerow([result["image"], rank, best["class"], best["probability"], ""])
+            writer.writerow([result["image"], rank, best["class"], best[number], ""])
     return file.getvalue()
 
 

@@ -14,7 +14,11 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vizattn train`."""
     parser.add_argument("config", metavar="CONFIG", help="a recipe: a file, or the name of a packaged one")
-    parser.add_argument("--data", metavar="DIR", help="train on this folder of images, one sub-folder a class")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="train on this folder: a sub-folder a class, or images and masks (segmentation)",
+    )
     parser.add_argument(
         "--cfg-options",
         metavar="NAME=VALUE",
@@ -35,21 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that the command line sets."""
-    from vizattn.engine.build import weights_options
+    from vizattn.engine import load_recipe
     from vizattn.engine.config import parse_overrides
+    from vizattn.engine.models import weights_options
 
     named = {"amp": args.amp, "seed": args.seed, "schedule.epochs": args.epochs}
     overrides = {name: value for name, value in named.items() if value is not None}
     if args.data is not None:
-        overrides |= {"data.name": "folder", "data.root": args.data}
+        overrides |= {"data.name": folder_data_set(load_recipe(args.config)), "data.root": args.data}
     if args.weights is not None:
         overrides |= weights_options(args.weights)
     return overrides | parse_overrides(args.cfg_options)
 
 
+def folder_data_set(recipe: Any) -> str:
+    """The data set that --data means for a recipe's task."""
+    segmentation = isinstance(recipe, dict) and recipe.get("task") == "segmentation"
+    return "segmentation_folder" if segmentation else "folder"
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, and print the result."""
     from vizattn.engine import train
+    from vizattn.engine.kinds import kind_of
     from vizattn.engine.recipes import recipe_name
 
     work_dir = Path(args.work_dir or Path("work_dirs") / recipe_name(args.config))
@@ -67,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nInterrupted. Go on with: {shlex.join(['vizattn', *rest, '--resume'])}", file=sys.stderr)
         return 130
     if result.main_process:
+        kind = kind_of(result.config)
         for split, metrics in result.metrics.items():
-            print(f"{split} accuracy {metrics['accuracy']:.2%} on {metrics['samples']} images")
+            print(f"{split} {kind.title} {metrics[kind.best]:.2%} on {metrics['samples']} images")
         print(f"trained {result.params['with_head']:,} of {result.params['total']:,} parameters", end=" ")
         print(f"in {result.seconds:.1f} s; see {result.work_dir}/results.json and {result.exported}/")
     return 0

@@ -164,12 +164,12 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: with an adapter its tensors, the head and changed buffers; else everything."""
-    if attached(model):
-        state = adapter_state(model)
-    else:
-        state = model.state_dict()
     # A copy: tensors of a state dict are views of what goes on changing.
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(model).items()}
+
+
+def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
+    return adapter_state(model) if attached(model) else model.state_dict()
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -178,7 +178,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], where:
     Raises:
         VizattnError: The names or shapes are those of another model; the message names the first.
     """
-    expected = model_state(model)
+    expected = _changing(model)
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in expected]
     problems += [
@@ -191,4 +191,6 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], where:
             f"The weights in {where} are of another model: {'; '.join(problems[:3])}"
             f"{f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''}."
         )
-    model.load_state_dict(dict(state), strict=False)
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])

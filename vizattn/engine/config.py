@@ -1,7 +1,7 @@
 """A run's configuration: one table of every option with its default, and the checks of what a user gives.
 
 A recipe is a Python file of plain literals (see `vizattn.engine.recipes`). What it leaves out is filled in from
-`OPTIONS`; an option that is not in the table, has the wrong type or is out of range raises `VizattnError`.
+`options_of` its task; an option that is not in that table, has the wrong type or is out of range raises `VizattnError`.
 """
 
 from __future__ import annotations
@@ -10,107 +10,18 @@ import ast
 import copy
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vizattn.engine.options import BY_TASK, DATA_OPTIONS, OFF_BY_DEFAULT, REQUIRED, TASKS, Option, options_of
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["OPTIONS", "Option", "apply_overrides", "dump_config", "parse_overrides", "resolve_config"]
-
-REQUIRED = object()
-
-
-def _optimizers() -> Iterable[str]:
-    from timm.optim import list_optimizers
-
-    # It needs gradients of gradients, which mmengine's step does not make.
-    return [str(name) for name in list_optimizers() if name != "adahessian"]
-
-
-def _datasets() -> Iterable[str]:
-    from vizattn.data import DATASETS
-
-    return list(DATASETS)
-
-
-def _augmentations() -> Iterable[str]:
-    from vizattn.data.transforms import AUGMENTATIONS
-
-    return list(AUGMENTATIONS)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: its default, the types it may have, and what values are allowed."""
-
-    default: Any
-    types: tuple[type, ...]
-    choices: Sequence[Any] | Callable[[], Iterable[str]] | None = None
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-
+__all__ = ["apply_overrides", "dump_config", "parse_overrides", "resolve_config"]
 
 _NONE = type(None)
-
-OPTIONS: dict[str, Option] = {
-    "task": Option("classification", (str,), ["classification"]),
-    "model.name": Option(REQUIRED, (str,)),
-    "model.pretrained": Option(True, (bool,)),
-    "adapter": Option(None, (dict, list, _NONE)),
-    "data.name": Option("digits", (str,), _datasets),
-    "data.root": Option(None, (str, _NONE)),
-    "data.batch_size": Option(64, (int,), least=1),
-    "data.num_workers": Option(0, (int,), least=0),
-    "data.augment": Option("none", (str,), _augmentations),
-    "optimizer.name": Option("adamw", (str,), _optimizers),
-    "optimizer.lr": Option(1e-3, (float,), above=0.0),
-    "optimizer.weight_decay": Option(1e-4, (float,), least=0.0),
-    "optimizer.momentum": Option(0.9, (float,), least=0.0, most=1.0),
-    "optimizer.layer_decay": Option(None, (float, _NONE), above=0.0, most=1.0),
-    "optimizer.clip_grad": Option(None, (float, _NONE), above=0.0),
-    "optimizer.accumulate": Option(1, (int,), least=1),
-    "schedule.name": Option("cosine", (str,), ["cosine", "constant"]),
-    "schedule.epochs": Option(20, (int,), least=1),
-    "schedule.warmup_epochs": Option(0, (float,), least=0.0),
-    "schedule.min_lr": Option(0.0, (float,), least=0.0),
-    "loss.label_smoothing": Option(0.0, (float,), least=0.0, most=0.99),
-    "loss.mixup": Option(0.0, (float,), least=0.0),
-    "loss.cutmix": Option(0.0, (float,), least=0.0),
-    "ema.decay": Option(0.999, (float,), least=0.0, most=1.0),
-    "amp": Option(None, (str, _NONE), [None, "bf16"]),
-    "cache_features": Option("auto", (str, bool), ["auto", False]),
-    "logging.interval": Option(10, (int,), least=1),
-    "logging.wandb": Option(False, (bool,)),
-    "logging.tensorboard": Option(False, (bool,)),
-    "checkpoint.interval_epochs": Option(1, (int,), least=1),
-    "checkpoint.interval_iters": Option(None, (int, _NONE), least=1),
-    "checkpoint.keep": Option(2, (int,), least=1),
-    "seed": Option(0, (int,), least=0, most=2**31 - 1),
-    "deterministic": Option(False, (bool,)),
-    "compile": Option(False, (bool,)),
-}
-"""Every option of a recipe by its dotted name."""
-
-DATA_OPTIONS: dict[str, Option] = {
-    "length": Option(None, (int, _NONE), least=1),
-    "seed": Option(0, (int,), least=0),
-    "val_fraction": Option(0.1, (float,)),
-    "test_fraction": Option(0.2, (float,)),
-    "on_error": Option("skip", (str,), ["skip", "stop"]),
-}
-"""Options of the data section that only some data sets have: checked where they are given, never filled in.
-
-The fractions are shares of the images, which the data set checks.
-"""
-
-
-OFF_BY_DEFAULT = ("ema",)
-"""Sections that are None unless given."""
-
-_SECTIONS = {name.split(".")[0] for name in OPTIONS if "." in name}
+_OPEN_SECTIONS = ("model", "head")
+"""Whatever they hold is checked by timm.create_model and by the head."""
 
 
 def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,17 +33,20 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise VizattnError(f"A recipe is a dict of options, not a {type(config).__name__}.")
     given = {str(key): _plain(str(key), value) for key, value in config.items() if not str(key).startswith("_")}
-    top = {name.split(".")[0] for name in OPTIONS}
+    task = given.get("task", TASKS[0])
+    _checked("task", task, Option(TASKS[0], (str,), TASKS))
+    options = options_of(task)
+    top = {name.split(".")[0] for name in options}
     for key in given:
         if key not in top:
-            raise unknown("option", key, top)
+            raise _not_an_option(key, top, task)
     resolved: dict[str, Any] = {}
-    for name, option in OPTIONS.items():
+    for name, option in options.items():
         section, _, key = name.partition(".")
         if not key:
             resolved[name] = _checked(name, given.get(name, option.default), option)
         elif section not in resolved:
-            resolved[section] = _resolve_section(section, given)
+            resolved[section] = _resolve_section(section, given, options, task)
     _check_adapters(resolved["adapter"])
     warmup, epochs = resolved["schedule"]["warmup_epochs"], resolved["schedule"]["epochs"]
     if warmup and warmup >= epochs:
@@ -156,23 +70,33 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def _resolve_section(section: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _not_an_option(name: str, known: Iterable[str], task: str) -> VizattnError:
+    """The error for an option that `task` does not have; another one may."""
+    for other, options in BY_TASK.items():
+        if any(option == name or option.startswith(f"{name}.") for option in options):
+            return VizattnError(f"Option {name} is for {other}, but the recipe's task is {task}.")
+    return unknown("option", name, known)
+
+
+def _resolve_section(
+    section: str, given: Mapping[str, Any], options: Mapping[str, Option], task: str
+) -> dict[str, Any] | None:
     values = given.get(section, {})
     if (values is None and section in OFF_BY_DEFAULT) or (section in OFF_BY_DEFAULT and section not in given):
         return None
     if not isinstance(values, Mapping):
         raise VizattnError(f"Option {section} must be a dict of options, not {values!r}.")
-    table = {name.partition(".")[2]: option for name, option in OPTIONS.items() if name.startswith(f"{section}.")}
+    table = {name.partition(".")[2]: option for name, option in options.items() if name.startswith(f"{section}.")}
     further = DATA_OPTIONS if section == "data" else {}
     for key in values:
-        if section != "model" and key not in table and key not in further:  # timm.create_model checks those
-            raise unknown("option", f"{section}.{key}", [f"{section}.{known}" for known in {*table, *further}])
+        if section not in _OPEN_SECTIONS and key not in table and key not in further:
+            raise _not_an_option(f"{section}.{key}", [f"{section}.{known}" for known in {*table, *further}], task)
     resolved = {}
     for key, option in table.items():
         value = values.get(key, option.default)
         if value is REQUIRED:
             raise VizattnError(f"The recipe needs {section}.{key}.")
-        resolved[key] = _checked(f"{section}.{key}", value, option)
+        resolved[key] = _checked(f"{section}.{key}", copy.copy(value), option)
     for key, value in values.items():
         if key not in table:
             resolved[key] = _checked(f"{section}.{key}", value, further[key]) if key in further else value

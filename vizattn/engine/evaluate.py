@@ -13,24 +13,15 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from vizattn.engine.build import (
-    OWN_WEIGHTS,
-    build_data,
-    build_model,
-    check_classes,
-    choose_device,
-    make_loader,
-    model_preprocessing,
-    set_transforms,
-    weights_options,
-)
+from vizattn.engine.build import build_data, check_classes, choose_device, make_loader, set_transforms
 from vizattn.engine.checkpoint import checkpoints_in, load_model_state, read_checkpoint
 from vizattn.engine.config import apply_overrides, resolve_config
-from vizattn.engine.metrics import ClassificationMetric
+from vizattn.engine.kinds import kind_of
+from vizattn.engine.models import OWN_WEIGHTS, model_preprocessing, weights_options
 from vizattn.engine.runner import TaskRunner, distributed
-from vizattn.engine.task import ClassificationTask
 from vizattn.errors import VizattnError
 from vizattn.files import replacing, write_text
+from vizattn.heads import Segmenter
 
 __all__ = ["Trained", "as_published", "evaluate", "export", "load_trained", "measure"]
 
@@ -44,6 +35,8 @@ class Trained:
     preprocessing: dict[str, Any]
     config: dict[str, Any] | None = field(repr=False)
     """The recipe it was trained by, where it is known."""
+    palette: list[list[int]] | None = None
+    """Colours (red, green, blue) of the classes of a segmenter, each 0 to 255."""
 
 
 def measure(
@@ -54,17 +47,18 @@ def measure(
     class_names: list[str],
 ) -> dict[str, Any]:
     """Metrics of `model` on `dataset`, from images, by mmengine's test loop; exact over several processes."""
+    kind = kind_of(config)
     loader = make_loader(dataset, config, device, train=False)
     with tempfile.TemporaryDirectory() as scratch:  # the Runner wants to log; a bundle may be read-only
         runner = TaskRunner(
-            ClassificationTask(model, len(class_names), amp=config["amp"] == "bf16"),
+            kind.build_task(model, config, len(class_names), "images"),
             Path(scratch),
             device=device,
             log_file=Path(scratch) / "eval.log",
             name="eval",
             test_dataloader=loader,
             test_cfg={},
-            test_evaluator=Evaluator(ClassificationMetric(class_names)),
+            test_evaluator=Evaluator(kind.build_metric(class_names)),
             default_hooks={"logger": None, "checkpoint": None, "timer": None, "param_scheduler": None},
             visualizer={"type": "Visualizer", "vis_backends": []},
         )
@@ -81,18 +75,20 @@ def export(
     class_names: list[str],
     preprocessing: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    palette: list[list[int]] | None = None,
 ) -> None:
     """Write what `load_trained` reads: a bundle with an adapter, else `model.safetensors` and `model.json`."""
     if config["adapter"]:
         import vizattn
 
-        accuracy = {split: values["accuracy"] for split, values in metrics.items()}
+        best = kind_of(config).best
+        reached = {split: values[best] for split, values in metrics.items()}
         vizattn.save_adapter(
             model,
             folder,
             class_names=class_names,
             preprocessing=dict(preprocessing),
-            metadata={"accuracy": accuracy, "config": dict(config)},
+            metadata={best: reached, "config": dict(config), "palette": palette},
         )
         return
     from safetensors.torch import save_file
@@ -108,6 +104,8 @@ def export(
         "class_names": class_names,
         "preprocessing": dict(preprocessing),
         "config": dict(config),
+        "segmenter": getattr(model, "head_config", None),
+        "palette": palette,
     }
     write_text(folder / "model.json", json.dumps(note, indent=2) + "\n")
 
@@ -161,7 +159,10 @@ def _load_bundle(folder: Path, weights: str | Path | None) -> Trained:
     if not bundle.get("class_names"):
         raise VizattnError(f"The bundle {folder} carries no class names: save it with class_names=...")
     model = create_from_bundle(folder, weights)
-    return Trained(model, bundle["class_names"], bundle["preprocessing"], (bundle.get("metadata") or {}).get("config"))
+    metadata = bundle.get("metadata") or {}
+    return Trained(
+        model, bundle["class_names"], bundle["preprocessing"], metadata.get("config"), metadata.get("palette")
+    )
 
 
 def _load_model(folder: Path) -> Trained:
@@ -177,7 +178,11 @@ def _load_model(folder: Path) -> Trained:
         if version > 1:
             raise VizattnError(f"{folder}/model.json has format {version}; this version of vizattn reads up to 1.")
         options = dict(note["model"])
-        model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
+        if note.get("segmenter"):
+            backbone = timm.create_model(options.pop("name"), features_only=True, **options)
+            model = Segmenter(backbone, **note["segmenter"])
+        else:
+            model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
         state = load_file(folder / "model.safetensors")
         config, class_names, preprocessing = note["config"], note["class_names"], note["preprocessing"]
         if not isinstance(class_names, list) or len(class_names) != note["num_classes"]:
@@ -189,7 +194,7 @@ def _load_model(folder: Path) -> Trained:
             raise
         raise VizattnError(f"Cannot load the model in {folder}: {type(error).__name__}: {error}") from error
     load_model_state(model, state, folder)
-    return Trained(model.eval(), class_names, preprocessing, config)
+    return Trained(model.eval(), class_names, preprocessing, config, note.get("palette"))
 
 
 def _load_checkpoint(path: Path) -> Trained:
@@ -199,13 +204,13 @@ def _load_checkpoint(path: Path) -> Trained:
     config = resolve_config(state["config"])
     if not config["adapter"]:
         config["model"]["pretrained"] = False  # the checkpoint has every weight
-    model = build_model(config, len(state["class_names"]))
+    model = kind_of(config).build_model(config, len(state["class_names"]))
     load_model_state(model, {**state["model"], **(state.get("ema") or {})}, path)
     if config["adapter"] and state.get("fingerprint") != fingerprint(model):
         raise VizattnError(
             f"{path} was trained on other frozen weights of {config['model']['name']} than are here now."
         )
-    return Trained(model.eval(), state["class_names"], state["preprocessing"], config)
+    return Trained(model.eval(), state["class_names"], state["preprocessing"], config, state.get("palette"))
 
 
 def as_published(
@@ -228,7 +233,7 @@ def as_published(
     chosen = {**(overrides or {}), "adapter": None, **weights_options(weights)}
     config = resolve_config(apply_overrides(recipe, chosen))
     class_names = build_data(config["data"], [split]).class_names
-    model = build_model(config, len(class_names)).eval()
+    model = kind_of(config).build_model(config, len(class_names)).eval()
     published = model.pretrained_cfg["num_classes"]  # type: ignore[index]
     if published != len(class_names):
         raise VizattnError(
@@ -245,7 +250,8 @@ def evaluate(
     overrides: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a trained model: accuracy, accuracy_top5, loss, samples, accuracy_per_class.
+    """Metrics of a trained model: accuracy, accuracy_top5, loss, accuracy_per_class; or miou, macc, aacc,
+    iou_per_class; and samples.
 
     Args:
         trained: What `load_trained` takes or gives.
@@ -260,7 +266,7 @@ def evaluate(
     recipe = trained.config or {"model": {"name": "none"}}
     config = resolve_config(apply_overrides(recipe, overrides or {}))
     data = build_data(config["data"], [split])
-    set_transforms(data, trained.preprocessing, "none")
+    set_transforms(data, trained.preprocessing, config)
     check_classes(data.class_names, trained.class_names, "the trained model")
     chosen = choose_device(device)
     with distributed(chosen):

@@ -79,6 +79,7 @@ class CheckpointHook(Hook):
         interval_epochs: Epochs between checkpoints; the last epoch always has one.
         interval_iters: Iterations between checkpoints within an epoch, moved on to the next optimizer step.
         keep: How many to keep beside the best.
+        metric: The validation metric that says which is the best; the higher the better.
     """
 
     priority = "VERY_LOW"
@@ -92,9 +93,11 @@ class CheckpointHook(Hook):
         interval_iters: int | None = None,
         keep: int = 2,
         ema: Any = None,
+        metric: str = "accuracy",
     ) -> None:
         self.folder = folder
         self.header = header
+        self.metric = metric
         self.interval_epochs = interval_epochs
         self.interval_iters = interval_iters
         self.keep = keep
@@ -114,13 +117,13 @@ class CheckpointHook(Hook):
 
     def after_train_epoch(self, runner: Any) -> None:
         self._agree(runner)
-        if runner.val_loop is None:
+        if not _validates(runner):
             self._epoch_end(runner, runner.epoch + 1)
 
     def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
-        better = not self.best or metrics["accuracy"] > self.best["accuracy"]
+        better = not self.best or metrics[self.metric] > self.best[self.metric]
         if better:
-            self.best = {"accuracy": metrics["accuracy"], "epoch": runner.epoch}
+            self.best = {self.metric: metrics[self.metric], "epoch": runner.epoch}
             if is_main_process():
                 state = {**self.header, "model": self._model_state(runner, averaged=True), "best": self.best}
                 self._check_finite(runner, state["model"])
@@ -176,6 +179,12 @@ class CheckpointHook(Hook):
 
     def restore_state(self, runner: Any, state: dict[str, Any]) -> None:
         self.best = dict(state["best"])
+
+
+def _validates(runner: Any) -> bool:
+    """Whether the epoch that ends now is measured, see mmengine's EpochBasedTrainLoop."""
+    done = runner.epoch + 1
+    return runner.val_loop is not None and (done % runner.train_loop.val_interval == 0 or done == runner.max_epochs)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

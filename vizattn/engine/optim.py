@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
-from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
+from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper, PolyLR
 from torch import nn
 
+from vizattn.adapters.anatomy import core
 from vizattn.errors import VizattnError
+from vizattn.heads import Segmenter
 
 __all__ = ["EpochOptimWrapper", "build_optimizer", "build_schedule"]
 
@@ -51,11 +53,13 @@ def build_optimizer(
     weight_decay: float,
     momentum: float,
     layer_decay: float | None,
+    head_lr_mult: float = 1.0,
 ) -> torch.optim.Optimizer:
     """timm's optimizer of that name over the parameters that train.
 
     One-dimensional parameters and the model's `no_weight_decay()` get no weight decay. With `layer_decay` the learning
-    rate falls by that factor from each layer to the one before it (arXiv:2106.08254).
+    rate falls by that factor from each layer to the one before it (arXiv:2106.08254). The heads of a segmenter learn
+    at `head_lr_mult` times the rate.
     """
     from timm.optim import create_optimizer_v2
 
@@ -63,14 +67,35 @@ def build_optimizer(
     if not trainable:
         raise VizattnError("Nothing to train: no parameter of the model requires a gradient.")
     try:
-        optimizer = create_optimizer_v2(
-            model, name, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay
-        )
+        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        if isinstance(model, Segmenter):
+            groups = _groups_of_a_segmenter(model, weight_decay, layer_decay, head_lr_mult)
+            optimizer = create_optimizer_v2(groups, name, **options)
+        else:
+            optimizer = create_optimizer_v2(model, name, layer_decay=layer_decay, **options)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise VizattnError(f"Cannot build the optimizer {name!r}: {error}") from error
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return optimizer
+
+
+def _groups_of_a_segmenter(
+    model: Segmenter, weight_decay: float, layer_decay: float | None, head_lr_mult: float
+) -> list[dict[str, Any]]:
+    """Groups of parameters of the backbone, as timm makes them for the backbone alone, and of the heads."""
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    backbone: Any = core(model.backbone)
+    plain = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    if layer_decay:
+        groups = param_groups_layer_decay(backbone, weight_decay, plain, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(backbone, weight_decay, plain)
+    for name, part in model.named_children():
+        if name != "backbone":
+            groups += [group | {"lr_scale": head_lr_mult} for group in param_groups_weight_decay(part, weight_decay)]
+    return [group for group in groups if group["params"]]
 
 
 def build_schedule(
@@ -82,10 +107,12 @@ def build_schedule(
     warmup_epochs: float,
     epochs: int,
     length: int,
+    power: float = 1.0,
 ) -> list[Any]:
-    """Linear warm-up, then a cosine down to `min_lr` (or no change), stepped each iteration; `length` make an epoch.
+    """Linear warm-up, then a fall to `min_lr` (or no change), stepped each iteration; `length` make an epoch.
 
-    With layer decay each group falls to the same share of its own rate, `min_lr / lr`.
+    The fall is a cosine, or ``(1 - t) ** power`` ("poly"). By a cosine each group falls to the same share of its own
+    rate, `min_lr / lr`.
     """
     total, warm = epochs * length, math.floor(warmup_epochs * length)
     schedule: list[Any] = []
@@ -96,4 +123,6 @@ def build_schedule(
         schedule.append(
             CosineAnnealingLR(optimizer, T_max=total - warm, eta_min_ratio=ratio, begin=warm, end=total, by_epoch=False)
         )
+    if name == "poly":
+        schedule.append(PolyLR(optimizer, power=power, eta_min=min_lr, begin=warm, end=total, by_epoch=False))
     return schedule

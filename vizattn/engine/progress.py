@@ -57,8 +57,11 @@ class ProgressHook(Hook):
 
     priority = "LOWEST"
 
-    def __init__(self, display: Display, callback: ProgressCallback | None = None) -> None:
+    def __init__(
+        self, display: Display, callback: ProgressCallback | None = None, metric: tuple[str, str] = ("accuracy",) * 2
+    ) -> None:
         self.display = display
+        self.metric, self.title = metric
         self.callback = callback
         self.bar: Any = None
         self.task: Any = None
@@ -89,7 +92,7 @@ class ProgressHook(Hook):
             return
         line = (
             f"epoch {runner.epoch}/{runner.max_epochs}  loss {self.loss:.4f}  "
-            f"val accuracy {metrics['accuracy']:.2%}  {time.perf_counter() - self.start:.1f} s"
+            f"val {self.title} {metrics[self.metric]:.2%}  {time.perf_counter() - self.start:.1f} s"
         )
         if self.bar:
             self.bar.console.print(line, highlight=False)

@@ -22,30 +22,24 @@ from torch import nn
 
 import vizattn
 from vizattn.data import is_deterministic, transform_identity
-from vizattn.engine.build import (
-    Data,
-    build_data,
-    build_model,
-    choose_device,
-    make_loader,
-    model_preprocessing,
-    set_transforms,
-)
+from vizattn.engine.build import Data, build_data, choose_device, make_loader, set_transforms
 from vizattn.engine.checkpoint import check_same_data, check_same_recipe, checkpoints_in, load_newest
 from vizattn.engine.config import apply_overrides, dump_config, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.evaluate import export, measure
 from vizattn.engine.features import cache_folder, cached_features, feature_key
 from vizattn.engine.hooks import CheckpointHook, JsonLinesHook, LossGuardHook, SeedHook
+from vizattn.engine.kinds import kind_of
 from vizattn.engine.loggers import visualizer_config
 from vizattn.engine.memory import PeakMemory
-from vizattn.engine.metrics import ClassificationMetric
+from vizattn.engine.models import model_preprocessing
 from vizattn.engine.optim import EpochOptimWrapper, build_optimizer, build_schedule
+from vizattn.engine.pictures import OverlayHook
 from vizattn.engine.progress import ProgressCallback, ProgressHook, display_for
 from vizattn.engine.recipes import load_recipe, recipe_name
 from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
-from vizattn.engine.task import ClassificationTask, Source
+from vizattn.engine.task import Source
 from vizattn.errors import VizattnError
 from vizattn.files import explain_disk_errors, prepare_folder, write_text
 
@@ -58,9 +52,12 @@ class Result:
 
     work_dir: str
     metrics: dict[str, dict[str, Any]]
-    """By split ("val", and "test" if the data has it): accuracy in 0..1, accuracy_top5, loss, samples, per class."""
+    """By split ("val", and "test" if the data has it), in 0..1: accuracy, accuracy_top5, loss; or miou, macc, aacc.
+
+    Also "samples", and accuracy or IoU by class.
+    """
     best: dict[str, float]
-    """The best validation accuracy while training, and its epoch."""
+    """The best validation accuracy or mIoU while training, and its epoch."""
     params: dict[str, int]
     """Trainable "with_head" and "without_head", and "total"."""
     seconds: float
@@ -167,6 +164,7 @@ class _Run:
         progress: ProgressCallback | None,
     ) -> None:
         self.config, self.work_dir, self.device, self.resume = config, work_dir, device, resume
+        self.kind = kind_of(config)
         self.rank, self.world = rank_and_world()
         self.display = display_for(quiet)
         self.progress = progress
@@ -181,9 +179,9 @@ class _Run:
         data = build_data(config["data"])
         class_names = data.class_names
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
-        model = build_model(config, len(class_names)).to(self.device)
+        model = self.kind.build_model(config, len(class_names)).to(self.device)
         preprocessing = model_preprocessing(model, config["model"])
-        set_transforms(data, preprocessing, config["data"]["augment"])
+        set_transforms(data, preprocessing, config)
         params = asdict(vizattn.trainable_summary(model))
         header: dict[str, Any] = {
             "format_version": 1,
@@ -221,7 +219,12 @@ class _Run:
             model=model,
         )
         if self.rank == 0:
-            export(model, Path(result.exported), config, class_names, preprocessing, metrics)
+            palette = getattr(data.splits["train"], "palette", None)
+            export(model, Path(result.exported), config, class_names, preprocessing, metrics, palette)
+            if self.kind.report and metrics:
+                split = [*metrics][-1]
+                task = self.kind.build_task(model, config, len(class_names), "images").eval()
+                self.kind.report(self.work_dir / "report.html", result, task, split, data.splits[split], palette)
             summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
             write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
         return result
@@ -285,20 +288,18 @@ class _Run:
         loader = make_loader(train_set, config, self.device, train=True, num_workers=workers)
         length = len(loader)
 
-        optim, schedule, loss, checkpoint = (config[key] for key in ("optimizer", "schedule", "loss", "checkpoint"))
-        optimizer = build_optimizer(
-            model, **{key: optim[key] for key in ("name", "lr", "weight_decay", "momentum", "layer_decay")}
-        )
+        optim, schedule, checkpoint = (config[key] for key in ("optimizer", "schedule", "checkpoint"))
+        of_wrapper = ("accumulate", "clip_grad")
+        optimizer = build_optimizer(model, **{key: value for key, value in optim.items() if key not in of_wrapper})
         wrapper = EpochOptimWrapper(optimizer, optim["accumulate"], optim["clip_grad"], length)
         schedulers = build_schedule(optimizer, lr=optim["lr"], length=length, **schedule)
-        amp = config["amp"] == "bf16"
-        task = ClassificationTask(model, len(data.class_names), source=source, amp=amp, **loss)
+        task = self.kind.build_task(model, config, len(data.class_names), source)
         if config["compile"]:
             model.compile()
 
         ema = EmaHook(model, config["ema"]["decay"]) if config["ema"] else None
-        saver = CheckpointHook(self.checkpoints, header, **checkpoint, ema=ema)
-        shown = ProgressHook(self.display, self.progress)
+        saver = CheckpointHook(self.checkpoints, header, **checkpoint, ema=ema, metric=self.kind.best)
+        shown = ProgressHook(self.display, self.progress, (self.kind.best, self.kind.title))
         hooks = [
             SeedHook(seed, length),
             LossGuardHook(self.checkpoints),
@@ -306,13 +307,14 @@ class _Run:
             saver,
             shown,
             *([ema] if ema else []),
+            *self._overlays(data),
         ]
         validation: dict[str, Any] = {}
         if val_set is not None:
             validation = {
                 "val_dataloader": make_loader(val_set, config, self.device, train=False, num_workers=workers),
                 "val_cfg": {},
-                "val_evaluator": Evaluator(ClassificationMetric(data.class_names)),
+                "val_evaluator": Evaluator(self.kind.build_metric(data.class_names)),
             }
         runner = TaskRunner(
             task,
@@ -323,7 +325,11 @@ class _Run:
             recipe=config,
             state=state,
             train_dataloader=loader,
-            train_cfg={"by_epoch": True, "max_epochs": schedule["epochs"]},
+            train_cfg={
+                "by_epoch": True,
+                "max_epochs": schedule["epochs"],
+                "val_interval": config["validation"]["interval_epochs"],
+            },
             optim_wrapper=wrapper,
             param_scheduler=schedulers,
             default_hooks={
@@ -349,10 +355,20 @@ class _Run:
             ema.swap()
         return saver.best
 
+    def _overlays(self, data: Data) -> list[OverlayHook]:
+        """Sample masks for wandb and tensorboard, where these were asked for."""
+        logs = self.config["logging"]
+        shown = data.splits.get("val")
+        if not hasattr(shown, "palette") or not (logs["wandb"] or logs["tensorboard"]):
+            return []
+        return [OverlayHook(shown, shown.palette)]
+
     def _inputs(self, model: nn.Module, data: Data) -> tuple[Source, Any, Any]:
         """What the loaders give: images, or stored frozen features where that is exactly the same training."""
         config, train_set, val_set = self.config, data.splits["train"], data.splits.get("val")
         level = None
+        if config["task"] != "classification":
+            return "images", train_set, val_set
         if config["adapter"]:
             from vizattn.adapters import cache_level
 
