@@ -100,7 +100,8 @@ def build(
     def not_loaded(error: Exception) -> VizattnError:
         hub = f"the Hugging Face hub ({cfg.hf_hub_id})" if cfg.hf_hub_id else cfg.url
         source = file or cfg.file or hub
-        reason = " ".join(str(error).split()) or "There is no such file."
+        missing = isinstance(error, FileNotFoundError)
+        reason = "There is no such file." if missing else " ".join(str(error).split())
         if release:
             registered = release.key in release_names()
             mend = f"fetch it anew with: vizattn weights fetch {release.key} --again" if registered else "remove it."

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vizattn.errors import VizattnError
 
-__all__ = ["check_fit", "unwrap"]
+__all__ = ["Renames", "check_fit", "rename", "unwrap"]
+
+Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 #: Where training scripts put the weights, the best first where a file has several.
@@ -32,6 +36,13 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         key: value.float() if value.is_floating_point() and value.itemsize < 4 else value
         for key, value in checkpoint.items()
     }
+
+
+def rename(key: str, renames: Renames) -> str:
+    """`key` after each pattern in turn is replaced as `re.sub` does it."""
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def check_fit(state_dict: dict[str, Tensor], model: nn.Module, adapted: tuple[str, ...] = ()) -> None:

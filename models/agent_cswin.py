@@ -20,7 +20,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from vizattn.errors import VizattnError
 from vizattn.layers import TransformerBlock
 
 from ._build import build, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -350,6 +350,24 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: AgentCSwin) -> dict[
         resize_agent_tables(state_dict, (module.ah_bias.shape[3], module.aw_bias.shape[4]), f"{name}.")
     check_fit(state_dict, model, adapted=("head.fc.", "stem.conv.weight"))
     return state_dict
+
+
+RELEASED: Renames = (
+    (r"^stem\.conv\.", "stage1_conv_embed.0."),
+    (r"^stem\.norm\.", "stage1_conv_embed.2."),
+    (r"^stages\.(\d+)\.downsample\.", r"merge\1."),
+    (r"^stages\.(\d+)\.blocks\.", lambda m: f"stage{int(m[1]) + 1}."),
+    (r"\.attn\.(qkv|proj)\.", r".\1."),
+    (r"\.attn\.lepes\.(\d)\.", r".attns.\1.get_v."),
+    (r"\.attn\.dwc\.", ".attns.0.get_v."),
+    (r"\.attn\.", ".attns.0."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def released_layout(state_dict: dict[str, Tensor], model: AgentCSwin, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release."""
+    return {"state_dict_ema": {rename(key, RELEASED): value for key, value in state_dict.items()}}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> AgentCSwin:

@@ -7,7 +7,7 @@ The model is `VisionTransformer`, the attention `vizattn.attention.AgentAttentio
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import generate_default_cfgs
+from timm.models import PretrainedCfg, generate_default_cfgs
 from torch import Tensor
 
 from vizattn.attention.agent import resize_agent_tables
@@ -85,6 +85,11 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -
         resize_agent_tables(state_dict, grid_size, f"blocks.{i}.attn.")
     check_fit(state_dict, model, adapted=("head.", "patch_embed.proj.weight"))
     return state_dict
+
+
+def released_layout(state_dict: dict[str, Tensor], model: VisionTransformer, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release, which has our keys."""
+    return {"model": dict(state_dict)}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:

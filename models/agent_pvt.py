@@ -20,7 +20,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
@@ -348,6 +348,22 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: AgentPVT) -> dict[st
             resize_agent_tables(renamed, grid_size, f"stages.{i}.blocks.{j}.attn.")
     check_fit(renamed, model, adapted=("head.fc.", "stages.0.patch_embed.proj.weight"))
     return renamed
+
+
+def released_layout(state_dict: dict[str, Tensor], model: AgentPVT, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release."""
+    released = {}
+    for key, value in state_dict.items():
+        key = re.sub(r"^head\.fc\.", "head.", key)
+        key = re.sub(r"^stages\.(\d+)\.(pos_embed|patch_embed)", lambda m: f"{m[2]}{int(m[1]) + 1}", key)
+        key = re.sub(r"^stages\.(\d+)\.blocks\.", lambda m: f"block{int(m[1]) + 1}.", key)
+        if ".attn.qkv." in key:  # the release projects queries apart from keys and values
+            dim = len(value) // 3
+            released[key.replace(".qkv.", ".q.")] = value[:dim]
+            released[key.replace(".qkv.", ".kv.")] = value[dim:]
+        else:
+            released[key] = value
+    return {"model": released}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> AgentPVT:

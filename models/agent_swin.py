@@ -23,7 +23,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from vizattn.errors import VizattnError
 from vizattn.layers import TransformerBlock
 
 from ._build import build, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -360,6 +360,43 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: AgentSwin) -> dict[s
                 resize_agent_tables(state_dict, grid_size, f"stages.{i}.blocks.{j}.attn.")
     check_fit(state_dict, model, adapted=("head.fc.", "patch_embed.proj.weight"))
     return state_dict
+
+
+def released_layout(state_dict: dict[str, Tensor], model: AgentSwin, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release, with its tables of offsets and its masks of shifted windows."""
+    renames: Renames = [
+        (r"^stages\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
+        (r"^stages\.", "layers."),
+        (r"^head\.fc\.", "head."),
+    ]
+    released = {rename(key, renames): value for key, value in state_dict.items()}
+    grids = _grids(cfg.input_size[-2:], model.patch_size, len(model.stages))
+    for i, (stage, grid_size) in enumerate(zip(model.stages, grids)):
+        for j, block in enumerate(stage.blocks):  # type: ignore[arg-type]
+            if isinstance(block.attn, WindowAttention):
+                name, window = f"layers.{i}.blocks.{j}", block.attn.window_size
+                released[f"{name}.attn.relative_position_index"] = _offsets(window)
+                if block.attn.shift and min(grid_size) > window[0]:
+                    released[f"{name}.attn_mask"] = _shift_mask(grid_size, window)
+    return {"model": released}
+
+
+def _offsets(window: tuple[int, int]) -> Tensor:
+    """Where Swin's bias table has the offset of query and key: (L, L)."""
+    y, x = (torch.arange(side) for side in window)
+    dy, dx = y[:, None] - y + window[0] - 1, x[:, None] - x + window[1] - 1
+    return (dy[:, None, :, None] * (2 * window[1] - 1) + dx[:, None, :]).flatten(2).flatten(0, 1)
+
+
+def _shift_mask(grid_size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """What Swin adds to the scores in windows of the rolled map, -100 between its ends: (windows, L, L)."""
+    rows, columns = (
+        (torch.arange(side) >= side - size).int() + (torch.arange(side) >= side - size // 2).int()
+        for side, size in zip(grid_size, window)
+    )
+    part = (3 * rows[:, None] + columns).unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0]))
+    part = part.transpose(1, 2).flatten(2).flatten(0, 1)
+    return torch.where(part[:, :, None] == part[:, None, :], 0.0, -100.0)
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> AgentSwin:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from vizattn.layers import ConvNorm, LayerNorm, Linear
 from vizattn.layers.conv_norm import fold_after
 
 from ._build import build, glyphs_cfg, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -438,6 +438,30 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: BiFormer) -> dict[st
     first_conv = "stem.conv.weight" if isinstance(model.stem, PatchConvNorm) else "stem.0.conv.weight"
     check_fit(state_dict, model, adapted=("head.fc.", first_conv))
     return state_dict
+
+
+RELEASED: Renames = (
+    (r"^stem\.0\.conv\.", "downsample_layers.0.0."),
+    (r"^stem\.0\.bn\.", "downsample_layers.0.1."),
+    (r"^stem\.2\.conv\.", "downsample_layers.0.3."),
+    (r"^stem\.2\.bn\.", "downsample_layers.0.4."),
+    (r"^stages\.(\d+)\.downsample\.conv\.", r"downsample_layers.\1.0."),
+    (r"^stages\.(\d+)\.downsample\.bn\.", r"downsample_layers.\1.1."),
+    (r"^(stages\.[012]\..*\.attn)\.qkv\.", r"\1.qkv.qkv."),
+    (r"^(stages\.[012]\..*\.attn)\.proj\.", r"\1.wo."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def released_layout(state_dict: dict[str, Tensor], model: BiFormer, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release."""
+    if isinstance(model.stem, PatchConvNorm):  # stl
+        renames = [(r"^stem\.", "stem.0."), *RELEASED, (r"\.mlp\.3\.", ".mlp.2.")]
+    else:
+        renames = [*RELEASED, (r"^stages\.(\d+)\.blocks\.", r"stages.\1.")]
+    return {"model": {rename(key, renames): value for key, value in state_dict.items()}}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> BiFormer:

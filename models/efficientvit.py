@@ -19,17 +19,18 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention import CascadedGroupAttention
+from vizattn.attention.cascaded_group import offset_index
 from vizattn.layers import ConvNorm
 from vizattn.layers.conv_norm import fold_after
 
 from ._build import build, glyphs_cfg, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -451,6 +452,49 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: EfficientViT) -> dic
         state_dict[key] = value
     check_fit(state_dict, model, adapted=("head.fc.", "stem.0.conv."))
     return state_dict
+
+
+def _residual(text: str) -> Renames:
+    return [
+        (r"\.(dw0|dw1|ffn0|ffn1)\.", r".\1.m."),
+        (r"\.attn\.", ".mixer.m.attn."),
+        (r"\.attn\.proj\.", ".attn.proj.1."),
+        (r"^head\.norm\.", "head.bn."),
+        (r"\.(conv|linear)\.", f".{text}."),
+    ]
+
+
+IN_RELEASE: Renames = [
+    (r"^stem\.", "patch_embed."),
+    (r"^stages\.0\.blocks\.", "blocks1."),
+    (r"^stages\.(\d)\.blocks\.(\d+)\.", lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + 3}."),
+    (r"^stages\.(\d)\.downsample\.([01])\.", lambda m: f"blocks{int(m[1]) + 1}.0.{m[2]}.m."),
+    (r"^stages\.(\d)\.downsample\.2\.", lambda m: f"blocks{int(m[1]) + 1}.1."),
+    (r"^stages\.(\d)\.downsample\.([34])\.", lambda m: f"blocks{int(m[1]) + 1}.2.{int(m[2]) - 3}.m."),
+    (r"^head\.fc\.", "head.l."),
+    *_residual("c"),
+]
+IN_TIMM: Renames = [
+    (r"^stem\.(\d)\.", lambda m: f"patch_embed.conv{int(m[1]) // 2 + 1}."),
+    (r"\.downsample\.([01])\.", r".downsample.res1.\1.m."),
+    (r"\.downsample\.2\.", ".downsample.patchmerge."),
+    (r"\.downsample\.([34])\.", lambda m: f".downsample.res2.{int(m[1]) - 3}.m."),
+    *_residual("conv"),
+    (r"^head\.fc\.", "head.linear."),
+]
+
+
+def released_layout(state_dict: dict[str, Tensor], model: EfficientViT, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the authors' release, with its index tables, or as timm's file on the hub."""
+    released = {}
+    for key, value in state_dict.items():
+        if ".qkvs." in key and value.ndim == 2:
+            value = value[..., None, None]
+        released[key := rename(key, IN_TIMM if cfg.hf_hub_id else IN_RELEASE)] = value
+        if key.endswith("attention_biases") and not cfg.hf_hub_id:
+            window = math.isqrt(value.shape[1])
+            released[f"{key.removesuffix('es')}_idxs"] = offset_index(window, window, window).view(window**2, -1)
+    return released if cfg.hf_hub_id else {"model": released}
 
 
 def _resized_table(table: Tensor, window: int) -> Tensor:

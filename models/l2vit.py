@@ -19,7 +19,7 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ from vizattn.errors import VizattnError
 from vizattn.layers import ConvNorm
 
 from ._build import build, glyphs_cfg, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -399,6 +399,27 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: L2ViT) -> dict[str, 
         state_dict[key] = value
     check_fit(state_dict, model, adapted=("head.fc.", "stem.0.conv.weight"))
     return state_dict
+
+
+RELEASED: Renames = (
+    (r"^stem\.0\.conv\.", "downsample_layers.0.proj.proj.0."),
+    (r"^stem\.0\.bn\.", "downsample_layers.0.proj.proj.1."),
+    (r"^stem\.2\.conv\.", "downsample_layers.0.proj.proj.3."),
+    (r"^stem\.2\.bn\.", "downsample_layers.0.proj.proj.4."),
+    (r"^stem\.3\.", "downsample_layers.0.norm."),
+    (r"^stages\.(\d+)\.downsample\.conv\.", r"downsample_layers.\1.proj."),
+    (r"^stages\.(\d+)\.downsample\.norm\.", r"downsample_layers.\1.norm."),
+    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+    (r"\.cpe1\.", ".cpe.0.proj."),
+    (r"\.cpe2\.", ".cpe.1.proj."),
+    (r"\.lcm\.", ".local_mp."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def released_layout(state_dict: dict[str, Tensor], model: L2ViT, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as in the release."""
+    return {"model": {rename(key, RELEASED): value for key, value in state_dict.items()}}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> L2ViT:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from vizattn.errors import VizattnError
 from vizattn.layers import TransformerBlock
 
 from ._build import build, glyphs_cfg, imagenet_cfg
-from ._checkpoint import check_fit, unwrap
+from ._checkpoint import Renames, check_fit, rename, unwrap
 from ._pyramid import stage_intermediates
 from ._registry import register_sizes
 
@@ -423,6 +423,20 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: NeighborhoodTransfor
     first_conv = "patch_embed.proj.0.weight" if isinstance(model.patch_embed, ConvStem) else "patch_embed.proj.weight"
     check_fit(state_dict, model, adapted=("head.fc.", first_conv))
     return state_dict
+
+
+def released_layout(
+    state_dict: dict[str, Tensor], model: NeighborhoodTransformer, cfg: PretrainedCfg
+) -> dict[str, Any]:
+    """Our weights as in the release: a flat file, `levels` in NAT and DiNAT, `layers` in DiNAT_s."""
+    levels = "levels" if isinstance(model.patch_embed, ConvStem) else "layers"
+    renames: Renames = [
+        (r"^stages\.(\d+)\.downsample\.", lambda m: f"{levels}.{int(m[1]) - 1}.downsample."),
+        (r"^stages\.", f"{levels}."),
+        (r"\.ls([12])\.gamma$", r".gamma\1"),
+        (r"^head\.fc\.", "head."),
+    ]
+    return {rename(key, renames): value for key, value in state_dict.items()}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> NeighborhoodTransformer:

@@ -22,7 +22,7 @@ from timm.layers import (
     resample_patch_embed,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_args, update_model_input_size
 from torch import Tensor, nn
@@ -501,6 +501,11 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionTransformer) -
         state_dict["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(model.patch_embed.patch_size))
     check_fit(state_dict, model, adapted=("head.", "patch_embed.proj.weight"))
     return state_dict
+
+
+def released_layout(state_dict: dict[str, Tensor], model: VisionTransformer, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Our weights as timm's file on the hub, which has our keys."""
+    return dict(state_dict)
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:

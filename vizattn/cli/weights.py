@@ -17,7 +17,7 @@ ACTIONS = {
     "list": "[PATTERN]: the weights that there are, and which of them are on this machine",
     "fetch": "NAME ...: have these on this machine, converted and ready",
     "verify": "[NAME ...]: see that what was fetched is undamaged and is the trusted file",
-    "convert": "FILE NAME: make a released checkpoint a safetensors file that our model NAME loads",
+    "convert": "FILE NAME: make a released checkpoint a safetensors file that our NAME loads, or back (--back)",
     "path": "NAME: print the file that pretrained=True loads",
 }
 
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="fetch: take this file, got by hand")
     parser.add_argument("--again", action="store_true", help="fetch: also what is there already")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="convert: where to (default: NAME.safetensors)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="convert: where to (default: NAME.TAG.safetensors)")
+    parser.add_argument(
+        "--back", action="store_true", help="convert: into the layout of the release, which its own code loads"
+    )
     parser.add_argument("--force", action="store_true", help="convert: replace a file that is there")
     parser.add_argument("--json", action="store_true", help="list, verify: print JSON")
 
@@ -46,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     least, most = wanted[args.action]
     if len(args.names) < least or (most is not None and len(args.names) > most):
         raise VizattnError(f"Usage: vizattn weights {args.action} {ACTIONS[args.action].partition(':')[0]}")
-    own = {"fetch": ("file", "again"), "convert": ("output", "force"), "list": ("json",), "verify": ("json",)}
-    for option in ("file", "again", "output", "force", "json"):
+    own = {"fetch": ("file", "again"), "convert": ("output", "force", "back"), "list": ("json",), "verify": ("json",)}
+    for option in ("file", "again", "output", "force", "back", "json"):
         if getattr(args, option) and option not in own.get(args.action, ()):
             shown = {"file": "from"}.get(option, option)
             raise VizattnError(f"--{shown} does not go with: vizattn weights {args.action}")
@@ -132,15 +135,22 @@ def _verify(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from vizattn.errors import VizattnError
     from vizattn.files import explain_disk_errors
-    from vizattn.weights import converted, find, read_weights, save_converted
+    from vizattn.weights import converted, find, read_weights, release_of, released, save_converted, save_released
 
     file, cfg = Path(args.names[0]), find(args.names[1])
     name = f"{cfg.architecture}.{cfg.tag}"
-    output = args.output or Path(f"{name}.safetensors")
+    release = release_of(cfg) if args.back else None
+    output = args.output or Path(release.file_name if release else f"{name}.safetensors")
     if not file.is_file():
         raise VizattnError(f"There is no file {file}.")
     if output.exists() and not args.force:
         raise VizattnError(f"{output} is there already: choose another --output, or replace it with --force.")
+    if args.back:
+        checkpoint = released(read_weights(file), cfg)
+        with explain_disk_errors(output.parent, "choose another --output"):
+            save_released(checkpoint, output)
+        print(f"{output}: as published at {release.origin if release else name}.")
+        return 0
     state = converted(read_weights(file), cfg)
     with explain_disk_errors(output.parent, "choose another --output"):
         save_converted(state, output, name=name, source=file.name)

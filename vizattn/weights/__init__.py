@@ -1,6 +1,14 @@
 """Released weights: fetched, checked, read safely, converted to our keys, and kept. See `store.fetch`."""
 
-from vizattn.weights.convert import converted, fitted, metadata_of, save_converted, tensors_digest
+from vizattn.weights.convert import (
+    converted,
+    fitted,
+    metadata_of,
+    released,
+    save_converted,
+    save_released,
+    tensors_digest,
+)
 from vizattn.weights.place import cache_folder, cached_file, kept_in
 from vizattn.weights.published import published
 from vizattn.weights.reading import read_weights
@@ -23,7 +31,9 @@ __all__ = [
     "read_weights",
     "release_names",
     "release_of",
+    "released",
     "save_converted",
+    "save_released",
     "tensors_digest",
     "trusted",
     "verify",

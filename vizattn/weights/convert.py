@@ -6,7 +6,8 @@ import errno
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from vizattn.errors import VizattnError
 from vizattn.files import replacing
 
-__all__ = ["FORMAT_VERSION", "converted", "fitted", "metadata_of", "save_converted", "tensors_digest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "converted",
+    "fitted",
+    "metadata_of",
+    "released",
+    "save_converted",
+    "save_released",
+    "tensors_digest",
+]
 
 FORMAT_VERSION = 1
 """Rises when a family's keys change: what older versions converted is then fetched anew."""
@@ -84,6 +94,56 @@ def converted(checkpoint: dict[str, Any], cfg: PretrainedCfg) -> dict[str, Tenso
     return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
+def released(checkpoint: dict[str, Any], cfg: PretrainedCfg) -> dict[str, Any]:
+    """`converted` and back: weights of our model, or a release's, as the release has them.
+
+    Its names, shapes and nesting, and the tables that its code computes and stores: that code loads them strictly.
+
+    Raises:
+        VizattnError: The weights are of another model, or nobody else published any for it.
+    """
+    if not (cfg.hf_hub_id or cfg.url):
+        raise VizattnError(f"{cfg.architecture}.{cfg.tag} has only our own weights: no other layout to go back to.")
+    layout: dict[str, Any] = _family(cfg).released_layout(converted(checkpoint, cfg), _native_model(cfg), cfg)
+    return layout
+
+
+def save_released(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write what `released` gives, whole: by torch where weights are nested, else as the name's ending says.
+
+    Raises:
+        VizattnError: A nested checkpoint, and a name ending in ``.safetensors``.
+        OSError: It cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nested = any(isinstance(value, dict) for value in checkpoint.values())
+    if nested and path.suffix == ".safetensors":
+        raise VizattnError(f"This release nests its weights in a file of torch, end {path.name} in .pth.")
+
+    def plain(value: Any) -> Any:
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value.contiguous().clone()
+
+    with replacing(path) as temporary, _disk_errors(path):
+        if path.suffix == ".safetensors":
+            save_file(plain(checkpoint), temporary, metadata={"format": "pt"})
+        else:
+            torch.save(plain(checkpoint), temporary)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Both libraries tell the disk's errors in words."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        code = errno.ENOSPC if "space" in str(error) else errno.EIO
+        raise OSError(code, str(error), str(path)) from error
+
+
 def tensors_digest(state: Mapping[str, Tensor]) -> str:
     """A SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
@@ -100,17 +160,12 @@ def save_converted(state: dict[str, Tensor], path: Path, **metadata: str) -> Non
     Raises:
         OSError: It cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     notes = {"format": "pt", "format_version": str(FORMAT_VERSION), "tensors_sha256": tensors_digest(state), **metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        try:
-            save_file(state, temporary, metadata=notes)
-        except SafetensorError as error:  # tells the disk's errors in words
-            code = errno.ENOSPC if "space" in str(error) else errno.EIO
-            raise OSError(code, str(error), str(path)) from error
+    with replacing(path) as temporary, _disk_errors(path):
+        save_file(state, temporary, metadata=notes)
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:
