@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
-from timm.models._features import FeatureDictNet, FeatureGetterNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureInfo
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
@@ -26,8 +26,9 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vizattn.errors import VizattnError
+from vizattn.heads import Segmenter
 
-__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "project_kv"]
+__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "map_source", "project_kv"]
 
 #: timm's attentions whose projections, position terms and output path `attend` reproduces.
 SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, SwinAttention)
@@ -106,25 +107,36 @@ class Anatomy:
     num_prefix_tokens: int
     """Class and register tokens before the patch tokens."""
     has_class_token: bool
-    has_features: bool
-    """Whether `forward_features` exists (timm's list form of `features_only` has none)."""
+    features_only: bool
+    """Whether maps are read, the last of them at the end; else one vector of features."""
     embed_dim: int
-    """Width of the features."""
+    """Width of the features: of the last map that is read, if maps are."""
+    stride: int
+    """Pixels of the image for one position of the features."""
     final_norm: str | None
     """Name of the norm between the last block and the features, if there is one."""
 
 
 def core(model: nn.Module) -> nn.Module:
-    """The model inside timm's `features_only` wrapper, else the model itself."""
+    """The model inside a `Segmenter` and timm's `features_only` wrapper, else the model itself."""
+    model = model.backbone if isinstance(model, Segmenter) else model
     return model.model if isinstance(model, FeatureGetterNet) else model
 
 
+def map_source(model: nn.Module) -> Any:
+    """What gives the maps: timm's `features_only` model, itself or in a `Segmenter`; None where there is none."""
+    model = model.backbone if isinstance(model, Segmenter) else model
+    return model if isinstance(getattr(model, "feature_info", None), FeatureInfo) else None
+
+
 def describe(model: nn.Module) -> Anatomy:
-    """The anatomy of `model` (already unwrapped by `core`).
+    """The anatomy of `model`.
 
     Raises:
         VizattnError: the architecture is not known; the message lists what is.
     """
+    source = map_source(model)
+    model = core(model)
     modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "attn", None), nn.Module)]
     blocks = [
         BlockAnatomy(m, m.attn, None if isinstance(m, POST_NORM_BLOCKS) else getattr(m, "norm1", None))
@@ -135,6 +147,7 @@ def describe(model: nn.Module) -> Anatomy:
     isotropic = hasattr(model, "blocks")
     known = [b.block for b in blocks]
     stack: Any = model.blocks if isotropic else []
+    last: Any = (model.feature_info if source is None else source.feature_info.get_dicts())[-1]  # type: ignore[index]
     odd = [f"{type(b).__name__} with {type(getattr(b, 'attn', None)).__name__}" for b in stack if b not in known]
     if family is None or not blocks or odd:
         why = f" (its blocks are {odd[0]})" if odd and family else ""
@@ -148,8 +161,9 @@ def describe(model: nn.Module) -> Anatomy:
         channels_last=family == "swin",
         num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         has_class_token=getattr(model, "cls_token", None) is not None,
-        has_features=hasattr(model, "forward_features"),
-        embed_dim=int(model.num_features if hasattr(model, "num_features") else model.feature_info.channels()[-1]),  # type: ignore[arg-type, union-attr, operator]
+        features_only=source is not None,
+        embed_dim=int(model.num_features if source is None else last["num_chs"]),  # type: ignore[arg-type]
+        stride=int(last["reduction"]),
         final_norm=_final_norm(model),
     )
 

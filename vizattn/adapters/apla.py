@@ -31,7 +31,6 @@ class APLA:
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
     extra_tokens: ClassVar[bool] = False
-    dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ("vpt", "efficient_probing")
     cache_level: ClassVar[None] = None
     trains_backbone: ClassVar[bool] = False

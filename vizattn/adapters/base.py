@@ -2,8 +2,10 @@
 
 A method is a frozen dataclass of options, registered under a name, with a method
 ``attach(model, anatomy, edits) -> nn.Module | None``. The module it returns holds what the method adds; it may define
-``forward_features``, ``forward_head`` and ``forward_intermediates``, each called as ``f(model, run, *args)`` where
-``run`` is the model's own. Everything else a method changes goes through `edits`, so that it can be undone.
+``forward_features``, ``forward_head``, ``forward_intermediates``, and ``forward_maps`` for the forward of timm's list
+or dictionary of layers, each called as ``f(model, run, *args)`` where ``run`` is the model's own; and
+``describe_maps(source, edits)`` where it gives other maps than the model. Everything else a method changes goes through
+`edits`, so that it can be undone.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_orig
 
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe
+from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe, map_source
 from vizattn.adapters.edits import Edits, SetAttr, SetValues
 from vizattn.adapters.selftest import check_gradients
 from vizattn.errors import VizattnError, unknown
+from vizattn.heads import Segmenter
 
 __all__ = [
     "METHODS",
@@ -48,8 +51,6 @@ class Method(Protocol):
     """Works on pyramids such as Swin."""
     extra_tokens: ClassVar[bool]
     """Puts tokens beside the model's own, which every attention must take."""
-    dense: ClassVar[bool]
-    """Adapts the features of every position, not just the prediction of a class."""
     composes_with: ClassVar[tuple[str, ...]]
     """Methods that may be attached to the same model."""
     cache_level: ClassVar[Literal["pooled", "tokens"] | None]
@@ -137,7 +138,7 @@ class Adapted:
     def _route(self, name: str, *args: Any, **kwargs: Any) -> Any:
         run = getattr(super(), name)
         for module in self.adapters.values():
-            own = getattr(module, name, None)
+            own = getattr(module, "forward_maps" if name == "forward" else name, None)
             if own is not None:
                 run = partial(own, self, run)
         return run(*args, **kwargs)
@@ -176,7 +177,11 @@ class Adapted:
 
 
 class AdaptedDict(Adapted):
-    """For models that are a dictionary of layers: the adapters are not one of these."""
+    """For models that are a dictionary of layers and give maps: the adapters are not one of these."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm, through the adapters."""
+        return self._route("forward", *args, **kwargs)
 
     def items(self) -> Any:
         """The layers by name."""
@@ -255,8 +260,8 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
     """Attach an adapter to a timm model, in place, and freeze what the method freezes.
 
     Args:
-        model: Any model the method works on; timm's `features_only` models too. Attach before `torch.compile` and
-            before wrapping for distributed training.
+        model: Any model the method works on; timm's `features_only` models too. Attach before a `Segmenter` is built
+            on it, before `torch.compile` and before wrapping for distributed training.
         method: One of `list_adapters()`.
         keep_original: Keep a copy of the weights that will be trained, which `detach` and `disabled` need.
         **options: Options of the method, see `vizattn info METHOD`.
@@ -269,6 +274,11 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
             an adapter parameter that no gradient can reach. The model is left as it was.
     """
     opts = make_options(method, options)
+    if isinstance(model, Segmenter):
+        raise VizattnError(
+            f"Attach {method!r} before the Segmenter is built, which reads what maps there are: backbone = "
+            f"vizattn.attach(timm.create_model(name, features_only=True), {method!r}); Segmenter(backbone, ...)."
+        )
     outer, model = model, core(model)
     if getattr(model, "adapters_disabled", False):
         raise VizattnError("Adapters cannot be attached while others are disabled: leave vizattn.disabled first.")
@@ -283,13 +293,8 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
                 f"Adapter {method!r} does not compose with {other.method!r}, which is attached and composes with "
                 f"{allowed}. Call vizattn.detach(model) first."
             )
-    if not opts.dense and (outer is not model or not hasattr(model, "forward_features")):
-        fitting = [n for n, m in sorted(METHODS.items()) if m.dense]
-        raise VizattnError(
-            f"Cannot attach {method!r} to a features_only model: it adapts the prediction of a class, not the "
-            f"features. These adapt features: {', '.join(fitting)}."
-        )
-    anatomy = _check_anatomy(model, method, opts)
+    source = map_source(outer)
+    anatomy = _check_anatomy(outer, method, opts)
     edits = Edits()
     flags = [(p, p.requires_grad) for p in model.parameters()]
     training = model.training
@@ -307,14 +312,16 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
             edits.set(model.adapters, method, module.to(device=like.device, dtype=like.dtype))
         for _, head in classifiers(model):
             head.requires_grad_(True)
+        if source is None and not any(p.requires_grad for p in model.parameters()):
+            raise VizattnError(f"Cannot attach {method!r}: the model has no head. Create it with num_classes=...")
         values = None
         if keep_original:
             values = SetValues(_trained_tensors(model, originals))
         model.attachments.append(Attachment(method, opts, module, edits, values, flags))  # type: ignore[union-attr, operator, arg-type]
-        if outer is not model and module is not None and hasattr(module, "adjust_wrapper"):
-            module.adjust_wrapper(outer, edits)
+        if source is not None and hasattr(module, "describe_maps"):
+            module.describe_maps(source, edits)
         model.train(training)
-        check_gradients(model, method)
+        check_gradients(outer, method)
     except BaseException:
         if attached(model) and attached(model)[-1].edits is edits:
             model.attachments.pop()  # type: ignore[union-attr, operator]
@@ -335,7 +342,8 @@ def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:
     if unfit:
         fitting = [n for n, m in sorted(METHODS.items()) if not _unfit(m, anatomy)]
         raise VizattnError(
-            f"Cannot attach {method!r} to {type(model).__name__}: {unfit}. These work on it: {', '.join(fitting)}."
+            f"Cannot attach {method!r} to {type(core(model)).__name__}: {unfit}. "
+            f"These work on it: {', '.join(fitting)}."
         )
     return anatomy
 
@@ -375,6 +383,16 @@ def _need_attached(model: nn.Module, verb: str) -> list[Attachment]:
     return attachments
 
 
+def _need_unread(model: nn.Module, attachments: list[Attachment], verb: str) -> None:
+    """The heads of a `Segmenter` are made for the maps that some adapters give."""
+    for a in attachments:
+        if isinstance(model, Segmenter) and hasattr(a.module, "describe_maps"):
+            raise VizattnError(
+                f"Cannot {verb} {a.method!r} in a Segmenter, whose heads read the maps that it gives. For the backbone "
+                "alone pass segmenter.backbone."
+            )
+
+
 def _need_originals(attachments: list[Attachment]) -> None:
     for a in attachments:
         if a.values is None:
@@ -384,11 +402,15 @@ def _need_originals(attachments: list[Attachment]) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Take all adapters off: bit for bit the model from before, head included.
 
+    The heads of a `Segmenter` stay.
+
     Raises:
-        VizattnError: nothing is attached, or it was attached with ``keep_original=False``.
+        VizattnError: nothing is attached, it was attached with ``keep_original=False``, or the heads of a `Segmenter`
+            read maps that only an adapter gives.
     """
     attachments = _need_attached(model, "detach")
     _need_originals(attachments)
+    _need_unread(model, attachments, "detach")
     inner = core(model)
     for a in reversed(attachments):
         a.values.undo()  # type: ignore[union-attr]
@@ -402,13 +424,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the model is the untouched backbone from before `attach`, its old head included.
 
     It is in evaluation mode there, so that no forward moves the statistics of its norms; afterwards every module has
-    its mode from before again.
+    its mode from before again. The heads of a `Segmenter` stay.
 
     Raises:
-        VizattnError: nothing is attached, or it was attached with ``keep_original=False``.
+        VizattnError: as `detach`.
     """
     attachments = _need_attached(model, "disable")
     _need_originals(attachments)
+    _need_unread(model, attachments, "disable")
     inner = core(model)
     flags = [(p, p.requires_grad) for p in inner.parameters()]
     modes = [(m, m.training) for m in model.modules()]

@@ -18,11 +18,13 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import classifiers, core
+from vizattn.adapters.anatomy import classifiers, core, map_source
 from vizattn.adapters.base import METHODS, attach, attached, make_options, replace_head
 from vizattn.adapters.edits import Edits
 from vizattn.errors import VizattnError, closest
 from vizattn.files import replacing, write_text
+from vizattn.heads import Segmenter
+from vizattn.heads.build import head_class
 from vizattn.version import __version__
 
 __all__ = [
@@ -50,8 +52,18 @@ _NOT_IN_A_BUNDLE = (*OWN_WEIGHTS, "cache_dir")
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that differs from the frozen backbone, by name: adapters, head, trained weights, changed buffers."""
-    model = core(model)
+    """Everything that differs from the frozen backbone: adapters, heads, trained weights, changed buffers.
+
+    The names are those in ``model.state_dict()``, and the tensors the model's own.
+    """
+    inner = core(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is inner)
+    heads = model.head_state() if isinstance(model, Segmenter) else {}
+    return {prefix + name: tensor for name, tensor in _changing(inner).items()} | heads
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """The same of a model without what is around it."""
     state = model.state_dict()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     heads = [name for name, _ in classifiers(model)]
@@ -70,9 +82,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of the frozen weights."""
+    """sha256 over names, types, shapes and bytes of the frozen weights; the heads of a `Segmenter` are none of them."""
     model = core(model)
-    changing = adapter_state(model)
+    changing = _changing(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name not in changing:
@@ -93,7 +105,7 @@ def save_adapter(
     """Write the bundle of the adapters on `model`; the files appear whole or not at all.
 
     Args:
-        model: A model with adapters attached.
+        model: A model with adapters attached, or a `Segmenter` on one.
         folder: Created if it is missing.
         class_names: Names of the classes, in the order of the logits.
         preprocessing: How images are prepared; by default what timm says of the model.
@@ -109,17 +121,19 @@ def save_adapter(
     attachments = attached(inner)
     if not attachments:
         raise VizattnError("Nothing to save: no adapter is attached. Call vizattn.attach(model, ...) first.")
-    num_classes = int(getattr(inner, "num_classes", 0))
+    num_classes = int(getattr(model if isinstance(model, Segmenter) else inner, "num_classes", 0))
     if class_names is not None and len(class_names) != num_classes:
         raise VizattnError(f"{len(class_names)} class names for a head of {num_classes} classes.")
-    weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in adapter_state(inner).items()})
+    state = _changing(inner) | (_of_heads(model) if isinstance(model, Segmenter) else {})
+    weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
     if preprocessing is None:
         preprocessing = {**resolve_model_data_config(inner), "input_size": get_model_input_config(inner)["input_size"]}
     config = {
         "format_version": FORMAT_VERSION,
         "vizattn_version": __version__,
-        "backbone": _backbone(inner, features_only=inner is not model or not hasattr(inner, "forward_features")),
+        "backbone": _backbone(inner, map_source(model)),
         "adapters": [{"method": a.method, "options": dataclasses.asdict(a.options)} for a in attachments],
+        "segmenter": model.head_config if isinstance(model, Segmenter) else None,
         "num_classes": num_classes,
         "class_names": class_names,
         "preprocessing": preprocessing,
@@ -138,18 +152,27 @@ def save_adapter(
     return folder
 
 
-def _backbone(model: Any, features_only: bool) -> dict[str, Any]:
+def _of_heads(segmenter: Segmenter) -> dict[str, Tensor]:
+    """The state of the heads, by the names they have in a bundle."""
+    return {f"heads.{name}": tensor for name, tensor in segmenter.head_state().items()}
+
+
+def _backbone(model: Any, source: nn.Module | None) -> dict[str, Any]:
+    """How to create `model` again; `source` is what gives its maps, if it does."""
     cfg = model.pretrained_cfg
-    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ("num_classes", *_NOT_IN_A_BUNDLE)}
+    elsewhere = ("num_classes", "features_only", *_NOT_IN_A_BUNDLE)
+    args = {
+        k: v for k, v in getattr(model if source is None else source, "_model_args", {}).items() if k not in elsewhere
+    }
     pool = _pooling(model)
-    if pool is not None:
+    if pool is not None and source is None:
         args["global_pool"] = pool
     return {
         "name": cfg["architecture"],
         "tag": cfg.get("tag") or None,
         "args": {k: v for k, v in args.items() if _is_plain(v)},
         "args_left_out": sorted(k for k, v in args.items() if not _is_plain(v)),
-        "features_only": features_only,
+        "features_only": source is not None,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
@@ -208,12 +231,15 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     for adapter in config["adapters"]:
         make_options(adapter["method"], adapter["options"])
+    if config["segmenter"] is not None:
+        head_class(config["segmenter"]["head"])
     return config
 
 
 _SCHEMA: dict[str, tuple[type, ...]] = {
     "backbone": (dict,),
     "adapters": (list,),
+    "segmenter": (dict, type(None)),
     "num_classes": (int,),
     "class_names": (list, type(None)),
     "preprocessing": (dict,),
@@ -224,6 +250,7 @@ _SCHEMA: dict[str, tuple[type, ...]] = {
 
 
 def _check_schema(folder: Path, config: dict[str, Any]) -> None:
+    config.setdefault("segmenter", None)  # bundles of classifiers have none
     wrong = [key for key, types in _SCHEMA.items() if not isinstance(config.get(key), types) or key not in config]
     if not wrong:
         backbone, names = config["backbone"], config["class_names"]
@@ -234,6 +261,14 @@ def _check_schema(folder: Path, config: dict[str, Any]) -> None:
             wrong += [] if fits else ["adapters"]
         if names is not None and (len(names) != config["num_classes"] or not all(isinstance(n, str) for n in names)):
             wrong.append("class_names")
+        heads = config["segmenter"]
+        if heads is not None and not (
+            isinstance(heads.get("head"), str)
+            and isinstance(heads.get("auxiliary"), bool)
+            and heads.get("num_classes") == config["num_classes"]
+            and backbone.get("features_only") is True
+        ):
+            wrong.append("segmenter")
     if wrong or not config["adapters"]:
         raise VizattnError(f"{folder / CONFIG_NAME} is damaged: look at {', '.join(wrong) or 'adapters'}.")
 
@@ -243,25 +278,35 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
 
     The head is replaced where its number of classes differs. On any error the model is left as it was.
 
+    Returns:
+        The same object; from the bundle of a `Segmenter`, which loads onto the `features_only` backbone, a new
+        `Segmenter` around it.
+
     Raises:
         VizattnError: no bundle, a damaged or newer one, adapters attached already, or another backbone; the first
             differences are named.
     """
     config = read_bundle(folder)
+    if isinstance(model, Segmenter):
+        raise VizattnError("Load onto the features_only backbone: vizattn.load_adapter(backbone, ...) makes the heads.")
     inner: Any = core(model)
     if attached(inner):
         raise VizattnError("This model has adapters attached already: call vizattn.detach(model) first.")
     state = _read_weights(Path(folder), config)
-    _check_backbone(folder, inner, config["backbone"])
+    _check_backbone(folder, model, config["backbone"])
     head = Edits()
+    segmenter = None
     flags = [(p, p.requires_grad) for p in inner.parameters()]
     training = inner.training
     try:
-        if getattr(inner, "num_classes", 0) != config["num_classes"]:
+        if map_source(model) is None and getattr(inner, "num_classes", 0) != config["num_classes"]:
             replace_head(inner, config["num_classes"], head)
         for adapter in config["adapters"]:
             attach(model, adapter["method"], keep_original=keep_original, **adapter["options"])
-        expected = adapter_state(inner)
+        expected = _changing(inner)
+        if config["segmenter"] is not None:
+            segmenter = _without_values(folder, model, config["segmenter"])
+            expected |= _of_heads(segmenter)
         _check_keys(folder, expected, state)
         if fingerprint(inner) != config["fingerprint"]:
             wanted = config["backbone"]
@@ -279,10 +324,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
         inner.train(training)
         raise
     with torch.no_grad():
-        for key, tensor in expected.items():
+        for key, tensor in _changing(inner).items():
             tensor.copy_(state[key])
     attached(inner)[0].edits.done[:0] = head.done
-    return model
+    if segmenter is None:
+        return model
+    like = next(inner.parameters())
+    heads = {name: state[f"heads.{name}"].to(like.device) for name in segmenter.head_state()}
+    segmenter.load_state_dict(heads, strict=False, assign=True)
+    return segmenter.train(training)
+
+
+def _without_values(folder: Any, backbone: nn.Module, head_config: dict[str, Any]) -> Segmenter:
+    """The segmenter on `backbone`, its heads without memory: nothing large is made before the sizes are compared."""
+    try:
+        with torch.device("meta"):
+            return Segmenter(backbone, **head_config)
+    except VizattnError:
+        raise
+    except Exception as error:  # whatever a value of a wrong kind leads to
+        raise VizattnError(
+            f"{folder / CONFIG_NAME} is damaged: no head can be made from {head_config}: "
+            f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def _full_name(backbone: dict[str, Any]) -> str:
@@ -291,16 +355,24 @@ def _full_name(backbone: dict[str, Any]) -> str:
 
 def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
     """Raises a VizattnError where `model` is another one than the bundle was trained on."""
+    features_only = map_source(model) is not None
+    model = core(model)
     name = model.pretrained_cfg["architecture"] if getattr(model, "pretrained_cfg", None) else type(model).__name__
     if name != wanted["name"]:
         raise VizattnError(f"{folder} was trained on {_full_name(wanted)}, not on {name}.")
+    if features_only != bool(wanted.get("features_only")):
+        kinds = ("a classifier", "a features_only model")
+        raise VizattnError(
+            f"{folder} was trained on {kinds[not features_only]}, this is {kinds[features_only]}: create it "
+            f"{'without' if features_only else 'with'} features_only=True."
+        )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype != wanted.get("dtype", dtype):
         raise VizattnError(
             f"{folder} was saved from a {wanted['dtype']} model, this one is {dtype}: load it onto {wanted['dtype']}, "
             f"convert the model afterwards."
         )
-    pool = _pooling(model)
+    pool = None if features_only else _pooling(model)
     if pool is not None and pool != wanted["args"].get("global_pool", pool):
         wanted_pool = wanted["args"]["global_pool"]
         raise VizattnError(
@@ -340,6 +412,8 @@ def _check_keys(folder: Any, expected: dict[str, Tensor], state: dict[str, Tenso
 def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> nn.Module:
     """The backbone of a bundle, created by timm with its pretrained weights, with the adapters loaded, in eval mode.
 
+    A `Segmenter` where the bundle is of one.
+
     Args:
         folder: The bundle.
         weights: A file with the backbone's pretrained weights; by default timm gets them.
@@ -352,11 +426,6 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
     if not timm.is_model(backbone["name"]):
         matches = closest(backbone["name"], timm.list_models())
         raise VizattnError(f"{folder} needs the backbone {backbone['name']!r}, unknown to timm. Close: {matches}.")
-    if backbone.get("features_only"):
-        raise VizattnError(
-            f"{folder} was saved from a features_only model: create it with timm.create_model("
-            f"{_full_name(backbone)!r}, pretrained=True, features_only=True, ...) and call vizattn.load_adapter."
-        )
     if backbone.get("args_left_out"):
         raise VizattnError(
             f"{folder} does not hold these arguments of its backbone: {', '.join(backbone['args_left_out'])}. Create "
@@ -370,10 +439,9 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
         if not Path(weights).is_file():
             raise VizattnError(f"There is no file of weights {weights}.")
         overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    task = {"features_only": True} if backbone.get("features_only") else {"num_classes": config["num_classes"]}
     try:
-        model = timm.create_model(
-            _full_name(backbone), pretrained=frozen, num_classes=config["num_classes"], **backbone["args"], **overlay
-        )
+        model = timm.create_model(_full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
     except Exception as error:
         raise VizattnError(
             f"{folder} needs {_full_name(backbone)}{' with its pretrained weights' if frozen else ''}, which cannot be "

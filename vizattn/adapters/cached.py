@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import core
+from vizattn.adapters.anatomy import core, map_source
 from vizattn.adapters.base import attached
 from vizattn.errors import VizattnError
 
@@ -15,10 +15,10 @@ __all__ = ["cache_level", "frozen_features", "head_from_features"]
 
 
 def cache_level(model: nn.Module) -> str | None:
-    """Which features stay frozen: "pooled" (B, D), "tokens" as `forward_features` returns them, or None."""
+    """Which features stay frozen: "pooled" (B, D), "tokens" as `forward_features` returns them; None for maps."""
     levels = {a.options.cache_level for a in attached(model)}
     inner: Any = core(model)
-    if len(levels) != 1 or not hasattr(inner, "get_classifier") or isinstance(inner.get_classifier(), tuple):
+    if len(levels) != 1 or map_source(model) is not None or isinstance(inner.get_classifier(), tuple):
         return None
     return levels.pop()
 

@@ -5,6 +5,7 @@ Shapes: B batch, N patch tokens, D their width, M tokens of a side map, C width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,7 +42,6 @@ class HST:
     mergeable: ClassVar[str] = "the side network is a second network"
     hierarchical: ClassVar[bool] = False
     extra_tokens: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None
     trains_backbone: ClassVar[bool] = False
@@ -132,25 +132,36 @@ class SideStage(nn.Module):
     """Downsampling, the bridge from the backbone, and one side block for each of its blocks."""
 
     def __init__(
-        self, down: nn.Module, embed_dim: int, dim: int, num_heads: int, drops: list[float], ratio: float
+        self,
+        down: nn.Module,
+        stride: int,
+        embed_dim: int,
+        dim: int,
+        num_heads: int,
+        drops: list[float],
+        ratio: float,
     ) -> None:
         super().__init__()
-        self.down = down
+        self.down, self.stride = down, stride
         self.down_norm = nn.LayerNorm(dim, eps=1e-5)
         self.bridge = nn.Linear(embed_dim, dim)
         self.meta_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-5) for _ in drops)
         self.blocks = nn.ModuleList(SideBlock(dim, num_heads, ratio, drop) for drop in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, x: Tensor, read: list[tuple[Tensor, Tensor]], grid: tuple[int, int]) -> Tensor:
-        """A map (B, C', H', W') and the bridged (meta-token, patches) of each block -> the map (B, C, H, W)."""
+    def forward(
+        self, x: Tensor, read: list[tuple[Tensor, Tensor]], grid: tuple[int, int], patch: tuple[int, int]
+    ) -> Tensor:
+        """A map (B, C', H', W') and the bridged (meta-token, patches) of each block -> the map (B, C, H, W).
+
+        `grid` is the height and width of the patch map, `patch` that of a patch in pixels of the image.
+        """
         x = self.down(x)
         size = x.shape[-2:]
         x = self.down_norm(x.flatten(2).transpose(1, 2))
         for block, norm, (meta, patches) in zip(self.blocks, self.meta_norms, read, strict=True):
             maps = patches.transpose(1, 2).unflatten(2, grid)
-            if grid != tuple(size):
-                maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+            maps = _resize(maps, (patch[0] / self.stride, patch[1] / self.stride), (size[0], size[1]))
             x = block(x, norm(meta), maps.flatten(2).transpose(1, 2))
         return self.norm(x).transpose(1, 2).unflatten(2, size)
 
@@ -176,7 +187,8 @@ class SideNetwork(nn.Module):
                 stem = (nn.Conv2d(in_chans, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
                 down = nn.Sequential(*stem, nn.Conv2d(width, width, 2, 2))
             own = [drop for drop, stage in zip(drops, self.stage_of) if stage == i]
-            self.stages.append(SideStage(down, anatomy.embed_dim, width, heads, own, options.mlp_ratio))
+            stage = SideStage(down, 4 * 2**i, anatomy.embed_dim, width, heads, own, options.mlp_ratio)
+            self.stages.append(stage)
         self.norm = nn.BatchNorm1d(widths[-1], affine=False, eps=1e-6)
         self.apply(_init_weights)
         for token in self.meta_tokens:
@@ -186,11 +198,13 @@ class SideNetwork(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "read"}
 
     def feature_info(self) -> list[dict[str, Any]]:
-        """timm's description of the pyramid."""
-        return [
-            {"num_chs": stage.norm.normalized_shape[0], "reduction": 4 * 2**i, "module": f"adapters.hst.stages.{i}"}  # type: ignore[union-attr, index]
-            for i, stage in enumerate(self.stages)
-        ]
+        """timm's description of the pyramid, whose maps end in a LayerNorm."""
+        rows: list[dict[str, Any]] = []
+        stage: Any
+        for i, stage in enumerate(self.stages):
+            name, width = f"adapters.hst.stages.{i}", stage.norm.normalized_shape[0]
+            rows.append({"num_chs": width, "reduction": stage.stride, "module": name, "normed": True})
+        return rows
 
     def tokens_before(self, index: int, x: Tensor) -> Tensor:
         """See `TokenSource`."""
@@ -204,14 +218,19 @@ class SideNetwork(nn.Module):
             self.read[index] = read
 
     def pyramid(self, model: Any, run: Callable[..., Any], image: Tensor, **kwargs: Any) -> list[Tensor]:
-        """The side maps (B, C, H, W) at strides 4, 8, 16, 32 of images (B, channels, height, width)."""
+        """The side maps (B, C, H, W) of images (B, channels, height, width).
+
+        Their strides are 4, 8, 16 and 32 whatever the size of a patch, with H = ceil(height / stride).
+        """
         self.read = [None] * len(self.stage_of)
         run(image, **kwargs)
         read, self.read = self.read, None
         grid = model.patch_embed.dynamic_feat_size(image.shape[-2:])
-        maps, x = [], image
+        down, right = (-side % 4 for side in image.shape[-2:])
+        maps, x = [], F.pad(image, (0, right, 0, down)) if down or right else image
         for i, stage in enumerate(self.stages):
-            x = stage(x, [r for r, s in zip(read, self.stage_of) if s == i], tuple(grid))
+            own = [r for r, s in zip(read, self.stage_of) if s == i]
+            x = stage(x, own, tuple(grid), model.patch_embed.patch_size)
             maps.append(x)
         return maps
 
@@ -247,11 +266,24 @@ class SideNetwork(nn.Module):
             return {"image_intermediates": chosen} | ({} if intermediates_only else {"image_features": maps[-1]})
         return chosen if intermediates_only else (maps[-1], chosen)
 
-    def adjust_wrapper(self, wrapper: Any, edits: Edits) -> None:
-        """Make timm's `features_only` wrapper give the four side maps, and say so."""
+    def describe_maps(self, source: Any, edits: Edits) -> None:
+        """Make timm's `features_only` model give the four side maps, and say so."""
         indices = tuple(range(len(self.stages)))
-        edits.set(wrapper, "out_indices", indices)
-        edits.set(wrapper, "feature_info", FeatureInfo(self.feature_info(), indices))
+        edits.set(source, "out_indices", indices)
+        edits.set(source, "feature_info", FeatureInfo(self.feature_info(), indices))
+
+
+def _resize(x: Tensor, factor: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, h, w) stretched bilinearly by `factor` and cut to `size`, the top left corner in its place.
+
+    Sizes alone would shift what lies towards the other corner where an image is no multiple of the strides.
+    """
+    if factor != (1, 1):
+        down, right = (math.ceil(n / f) - side for n, f, side in zip(size, factor, x.shape[-2:]))
+        if down > 0 or right > 0:
+            x = F.pad(x, (0, max(right, 0), 0, max(down, 0)), mode="replicate")
+        x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    return x[..., : size[0], : size[1]] if tuple(x.shape[-2:]) != size else x
 
 
 def _init_weights(module: nn.Module) -> None:

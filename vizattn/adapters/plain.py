@@ -7,10 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from vizattn.adapters.anatomy import Anatomy, classifiers
+from vizattn.adapters.anatomy import Anatomy
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
-from vizattn.errors import VizattnError
 
 __all__ = ["Full", "LinearProbe"]
 
@@ -18,25 +17,18 @@ __all__ = ["Full", "LinearProbe"]
 @register("linear_probe")
 @dataclass(frozen=True)
 class LinearProbe:
-    """Linear probe: the classifier alone is trained, on the pooled features of the frozen backbone."""
+    """Linear probe: the head alone is trained, on the features of the frozen backbone."""
 
     needs_anatomy: ClassVar[bool] = False
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
     extra_tokens: ClassVar[bool] = False
-    dense: ClassVar[bool] = False
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[Literal["pooled"]] = "pooled"
     trains_backbone: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, anatomy: Anatomy | None, edits: Edits) -> None:
-        """Nothing is added.
-
-        Raises:
-            VizattnError: the model has no head.
-        """
-        if not classifiers(model):
-            raise VizattnError("Cannot attach 'linear_probe': the model has no head. Create it with num_classes=...")
+        """Nothing is added; of a `features_only` model nothing trains but the head that will read its maps."""
 
 
 @register("full")
@@ -48,7 +40,6 @@ class Full:
     mergeable: ClassVar[Literal[True]] = True
     hierarchical: ClassVar[bool] = True
     extra_tokens: ClassVar[bool] = False
-    dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None
     trains_backbone: ClassVar[bool] = True

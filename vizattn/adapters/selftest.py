@@ -8,6 +8,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from vizattn.adapters.anatomy import core
 from vizattn.errors import VizattnError
 
 __all__ = ["check_gradients"]
@@ -16,24 +17,29 @@ __all__ = ["check_gradients"]
 def check_gradients(model: nn.Module, method: str) -> None:
     """Run one image forward and walk the graph behind the output; nothing is computed backward.
 
+    Of a `features_only` model the output is the maps that are read, so that nothing trains beyond the last of them.
+
     Raises:
         VizattnError: a trainable parameter is not in the graph; the first few are named.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inner = core(model)
+    named = [(n, p) for n, p in inner.named_parameters() if p.requires_grad]
     if not named or any(p.is_meta for _, p in named):
         return
-    shape = get_model_input_config(model)["input_size"]
-    training = model.training
+    shape = get_model_input_config(inner)["input_size"]
+    training = inner.training
+    inner.eval()
     with torch.enable_grad():
         like = named[0][1]
-        out = model.eval()(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
-    model.train(training)
+        out = model(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+    inner.train(training)
+    out = list(out.values()) if isinstance(out, dict) else out
     reached = _leaves(list(out) if isinstance(out, (list, tuple)) else [out])
     lost = [n for n, p in named if id(p) not in reached]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise VizattnError(
-            f"{method!r} would not train on {type(model).__name__}: no gradient reaches {', '.join(lost[:3])}{more}."
+            f"{method!r} would not train on {type(inner).__name__}: no gradient reaches {', '.join(lost[:3])}{more}."
         )
 
 

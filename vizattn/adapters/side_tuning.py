@@ -31,7 +31,6 @@ class SideTuning:
     mergeable: ClassVar[str] = "the side network is a second network"
     hierarchical: ClassVar[bool] = True
     extra_tokens: ClassVar[bool] = False
-    dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ()
     cache_level: ClassVar[None] = None
     trains_backbone: ClassVar[bool] = False
@@ -41,26 +40,17 @@ class SideTuning:
             raise VizattnError(f"side_tuning: width must be at least 1, got {self.width}.")
 
     def attach(self, model: nn.Module, anatomy: Anatomy, edits: Edits) -> nn.Module:
-        """Returns the side network.
-
-        Raises:
-            VizattnError: the model has no features to mix with.
-        """
-        if not anatomy.has_features:
-            raise VizattnError(
-                "Cannot attach 'side_tuning' to a list of feature layers: it mixes into the last one only."
-            )
-        stride = int(model.feature_info[-1]["reduction"])  # type: ignore[index]
-        return MixedFeatures(anatomy, getattr(model, "in_chans", 3), stride, self.width)
+        """Returns the side network."""
+        return MixedFeatures(anatomy, getattr(model, "in_chans", 3), self.width)
 
 
 class MixedFeatures(nn.Module):
     """A small convolutional network at the stride of the backbone's features, and the mixing number a."""
 
-    def __init__(self, anatomy: Anatomy, in_chans: int, stride: int, width: int) -> None:
+    def __init__(self, anatomy: Anatomy, in_chans: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for i in range(max(1, round(math.log2(stride)))):
+        for i in range(max(1, round(math.log2(anatomy.stride)))):
             conv = nn.Conv2d(in_chans if i == 0 else width, width, 3, 2, 1, bias=False)
             layers += [conv, nn.BatchNorm2d(width), nn.GELU()]
         self.side = nn.Sequential(*layers)
@@ -88,6 +78,13 @@ class MixedFeatures(nn.Module):
         prefix = features.shape[1] - side.shape[1]
         return self.blend(features, torch.cat([side.mean(dim=1, keepdim=True).expand(-1, prefix, -1), side], dim=1))
 
+    def forward_maps(self, model: Any, run: Callable[..., Any], x: Tensor) -> Any:
+        """The maps of timm's list or dictionary of layers; those of the last one's width are mixed."""
+        maps = run(x)
+        if isinstance(maps, dict):
+            return {name: self._mix_level(model, level, x, self.channels_last) for name, level in maps.items()}
+        return [self._mix_level(model, level, x, self.channels_last) for level in maps]
+
     def forward_features(self, model: Any, run: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
         """As the backbone's; prefix tokens are mixed with the mean of the side map."""
         return self.mix_into(model, run(x, **kwargs), x, self.channels_last)
@@ -95,31 +92,21 @@ class MixedFeatures(nn.Module):
     def forward_intermediates(self, model: Any, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own; every level of the last one's width is mixed."""
         out = run(x, *args, **kwargs)
+        nhwc = kwargs.get("output_fmt") == "NHWC"
         if isinstance(out, dict):
             mixed: dict[str, Any] = dict(out)
-            mixed["image_intermediates"] = [self._mix_level(model, level, x) for level in out["image_intermediates"]]
+            levels = out["image_intermediates"]
+            mixed["image_intermediates"] = [self._mix_level(model, level, x, nhwc) for level in levels]
             if "image_features" in out:
                 mixed["image_features"] = self.mix_into(model, out["image_features"], x, self.channels_last)
             return mixed
         if isinstance(out, list):
-            return [self._mix_level(model, level, x) for level in out]
+            return [self._mix_level(model, level, x, nhwc) for level in out]
         last = self.mix_into(model, out[0], x, self.channels_last)
-        return last, [self._mix_level(model, level, x) for level in out[1]]
+        return last, [self._mix_level(model, level, x, nhwc) for level in out[1]]
 
-    def adjust_wrapper(self, wrapper: Any, edits: Edits) -> None:
-        """Nothing to adjust.
-
-        Raises:
-            VizattnError: timm's `features_only` wrapper gives no level of the width that is mixed.
-        """
-        if self.proj.out_features not in wrapper.feature_info.channels():
-            raise VizattnError(
-                f"Cannot attach 'side_tuning': it mixes into the last features, of {self.proj.out_features} channels; "
-                f"this features_only model gives {wrapper.feature_info.channels()}."
-            )
-
-    def _mix_level(self, model: Any, level: Any, x: Tensor) -> Any:
+    def _mix_level(self, model: Any, level: Any, x: Tensor, channels_last: bool) -> Any:
         if isinstance(level, tuple):  # with prefix tokens
-            return (self._mix_level(model, level[0], x), *level[1:])
-        fits = level.shape[1 if level.ndim == 4 else 2] == self.proj.out_features
-        return self.mix_into(model, level, x, channels_last=False) if fits else level
+            return (self._mix_level(model, level[0], x, channels_last), *level[1:])
+        fits = level.shape[1 if level.ndim == 4 and not channels_last else -1] == self.proj.out_features
+        return self.mix_into(model, level, x, channels_last) if fits else level

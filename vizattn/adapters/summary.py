@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vizattn.adapters.anatomy import classifiers, core
+from vizattn.heads import Segmenter
 
 __all__ = ["TrainableSummary", "trainable_summary"]
 
@@ -16,9 +17,9 @@ class TrainableSummary:
     """Counts of parameters."""
 
     with_head: int
-    """Trained, the classifier included."""
+    """Trained, the head included."""
     without_head: int
-    """Trained, the classifier left out: what papers on adapters report."""
+    """Trained, the head left out: what papers on adapters report."""
     total: int
     """All parameters of the model."""
 
@@ -28,9 +29,11 @@ class TrainableSummary:
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Count the parameters of `model`; the head is what `get_classifier()` returns."""
-    model = core(model)
-    head = {id(p) for _, m in classifiers(model) for p in m.parameters()}
+    """Count the parameters of `model`; the head is what `get_classifier()` returns, or a `Segmenter` has beside it."""
+    inner = core(model)
+    head = {id(p) for _, m in classifiers(inner) for p in m.parameters()}
+    if isinstance(model, Segmenter):
+        head |= {id(p) for p in model.parameters()} - {id(p) for p in inner.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return TrainableSummary(
         with_head=sum(p.numel() for p in trained),

@@ -42,7 +42,6 @@ class VPT:
     mergeable: ClassVar[str] = "prompts are extra keys and values, which no weight of the backbone can hold"
     hierarchical: ClassVar[bool] = True
     extra_tokens: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
     composes_with: ClassVar[tuple[str, ...]] = ("apla", "efficient_probing")
     cache_level: ClassVar[None] = None
     trains_backbone: ClassVar[bool] = False

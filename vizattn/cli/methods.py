@@ -25,7 +25,6 @@ def method_summary(name: str) -> dict[str, Any]:
         "name": name,
         "merges": method.mergeable is True,
         "hierarchical": method.hierarchical,
-        "dense": method.dense,
         "cached": method.cache_level or "no",
         "summary": (inspect.getdoc(method) or "").split("\n")[0],
     }
