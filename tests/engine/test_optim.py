@@ -101,3 +101,20 @@ def test_ema_is_the_recursion_with_a_rising_decay() -> None:
     assert model.weight.item() == pytest.approx(expected, rel=1e-6) and hook.averages["weight"].item() == 11.0
     hook.swap()
     assert model.weight.item() == 11.0
+
+
+def test_heads_of_a_segmenter_learn_at_their_own_rate() -> None:
+    backbone = timm.create_model("vit_va_nano_patch4_32", depth=4, features_only=True)
+    model = vizattn.Segmenter(backbone, 3, head="linear")
+    for layer_decay in (None, 0.5):
+        optimizer = build_optimizer(
+            model, name="adamw", lr=1e-3, weight_decay=0.1, momentum=0.9, layer_decay=layer_decay, head_lr_mult=10.0
+        )
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        assert len(group_of) == sum(1 for _ in model.parameters())
+        groups = {name: group_of[id(p)] for name, p in model.named_parameters()}
+        assert groups["decode_head.convs.0.weight"]["lr"] == pytest.approx(1e-2)
+        assert groups["backbone.model.pos_embed"]["weight_decay"] == 0.0
+        assert groups["backbone.model.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
+        first, last = (groups[f"backbone.model.blocks.{i}.attn.qkv.weight"]["lr"] for i in (0, 3))
+        assert first == pytest.approx(last * (layer_decay or 1.0) ** 3)

@@ -31,7 +31,7 @@ def predict_masks(trained: Any, images: Iterable[tuple[Path, str]], folder: Path
     from PIL import UnidentifiedImageError
 
     from vizattn.data.images import load_rgb
-    from vizattn.data.segmentation import voc_palette
+    from vizattn.data.masks import voc_palette
     from vizattn.engine.kinds import kind_of
     from vizattn.engine.pictures import index_image, legend, overlay, save_image, segment
     from vizattn.errors import VizattnError

@@ -180,7 +180,7 @@ def _load_model(folder: Path) -> Trained:
         options = dict(note["model"])
         if note.get("segmenter"):
             backbone = timm.create_model(options.pop("name"), features_only=True, **options)
-            model = Segmenter(backbone, **note["segmenter"])
+            model: nn.Module = Segmenter(backbone, **note["segmenter"])
         else:
             model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
         state = load_file(folder / "model.safetensors")

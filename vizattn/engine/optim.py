@@ -67,7 +67,7 @@ def build_optimizer(
     if not trainable:
         raise VizattnError("Nothing to train: no parameter of the model requires a gradient.")
     try:
-        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         if isinstance(model, Segmenter):
             groups = _groups_of_a_segmenter(model, weight_decay, layer_decay, head_lr_mult)
             optimizer = create_optimizer_v2(groups, name, **options)
@@ -87,11 +87,11 @@ def _groups_of_a_segmenter(
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
     backbone: Any = core(model.backbone)
-    plain = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    plain: Any = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
     if layer_decay:
-        groups = param_groups_layer_decay(backbone, weight_decay, plain, layer_decay=layer_decay)
+        groups = param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=plain, layer_decay=layer_decay)
     else:
-        groups = param_groups_weight_decay(backbone, weight_decay, plain)
+        groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=plain)
     for name, part in model.named_children():
         if name != "backbone":
             groups += [group | {"lr_scale": head_lr_mult} for group in param_groups_weight_decay(part, weight_decay)]

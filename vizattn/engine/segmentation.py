@@ -12,21 +12,20 @@ from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from torch import Tensor
 
+from vizattn.data.masks import IGNORE_INDEX
 from vizattn.errors import VizattnError
 from vizattn.heads import Segmenter
 from vizattn.heads.inference import predict_map
+from vizattn.heads.resize import upsample
 
-__all__ = ["IGNORE_INDEX", "SegmentationMetric", "SegmentationTask", "dice_loss", "inference_options", "iou_of"]
-
-IGNORE_INDEX = 255
-"""Label of pixels that count neither in the loss nor in the metric."""
+__all__ = ["SegmentationMetric", "SegmentationTask", "dice_loss", "inference_options", "iou_of"]
 
 
 class SegmentationTask(BaseModel):
     """Cross entropy, and dice if asked for, over the logits of a segmenter's heads.
 
     Args:
-        model: Gives logits on a coarser grid; these are resized to the masks.
+        model: Gives logits on a coarser grid; these are resized to the masks, which are as large as the images.
         amp: Compute in bfloat16 autocast, on any device; parameters and losses stay in float32.
         dice: Weight of the dice loss (arXiv:1606.04797) beside the cross entropy.
         auxiliary: Weight of the auxiliary head's cross entropy.
@@ -56,16 +55,19 @@ class SegmentationTask(BaseModel):
         """
         if mode == "predict":
             size = None if labels is None else tuple(labels.shape[-2:])
-            return [predict_map(self.logits, image, out_size=size, **self.inference) for image in inputs]
+            options = {**self.inference, "out_size": size, "model_stride": self.model.stride}
+            return [predict_map(self.logits, image, **options) for image in inputs]
         if mode != "loss":
             return self.logits(inputs)
         with self._autocast(inputs):
             both = self.model.auxiliary_head is not None  # torch.compile replaces the plain forward alone
             logits, auxiliary = self.model.forward_auxiliary(inputs) if both else (self.model(inputs), None)
+        logits = upsample(logits.float(), self.model.stride, labels.shape[-2:])
         losses = {"loss_decode": _cross_entropy(logits, labels)}
         if self.dice:
-            losses["loss_dice"] = self.dice * dice_loss(_resized(logits, labels), labels)
+            losses["loss_dice"] = self.dice * dice_loss(logits, labels)
         if auxiliary is not None:
+            auxiliary = upsample(auxiliary.float(), self.model.auxiliary_head.stride, labels.shape[-2:])
             losses["loss_auxiliary"] = self.auxiliary * _cross_entropy(auxiliary, labels)
         return losses
 
@@ -78,13 +80,9 @@ class SegmentationTask(BaseModel):
         return torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp)
 
 
-def _resized(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the pixels that count; 0 with a gradient where none does."""
-    loss = F.cross_entropy(_resized(logits, labels), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return loss / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 

@@ -358,7 +358,7 @@ class _Run:
     def _overlays(self, data: Data) -> list[OverlayHook]:
         """Sample masks for wandb and tensorboard, where these were asked for."""
         logs = self.config["logging"]
-        shown = data.splits.get("val")
+        shown: Any = data.splits.get("val")
         if not hasattr(shown, "palette") or not (logs["wandb"] or logs["tensorboard"]):
             return []
         return [OverlayHook(shown, shown.palette)]
