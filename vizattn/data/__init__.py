@@ -37,8 +37,17 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "glyphs": ("length", "seed"),
     "folder": ("val_fraction", "test_fraction", "seed", "on_error"),
     "scenes": ("length", "seed"),
+    "segmentation_folder": (
+        "layout",
+        "reduce_zero_label",
+        "class_names",
+        "val_fraction",
+        "test_fraction",
+        "seed",
+        "on_error",
+    ),
 }
-TASK_OF = {name: "segmentation" if name == "scenes" else "classification" for name in DATASETS}
+TASK_OF = {name: "segmentation" if name in ("scenes", "segmentation_folder") else "classification" for name in DATASETS}
 
 
 def build_dataset(
@@ -54,13 +63,15 @@ def build_dataset(
     Args:
         name: A key of `DATASETS`.
         split: "train", "val" or "test"; for "folder" also "all", see `ImageFolder`.
-        root: Where the images are; for "folder" only.
-        transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors). Without it items are PIL images.
-        options: See `Glyphs` and `ImageFolder`. An option that only other data sets have is left unused, so that a
-            recipe's data section holds for each of them.
+        root: Where the images are; for "folder" and "segmentation_folder" only.
+        transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors), for segmentation to image and mask.
+            Without it items are PIL images with labels, or with uint8 masks.
+        options: See `Glyphs`, `ImageFolder`, `Scenes` and `SegmentationFolder`. An option that only other data sets have
+            is left unused, so that a recipe's data section holds for each of them.
 
     Raises:
-        VizattnError: Unknown name, split or option; for "folder", what `ImageFolder` raises.
+        VizattnError: Unknown name, split or option; for folders, what `ImageFolder` and `SegmentationFolder`
+            raise.
     """
     chosen = _options(name, split, options)
     if name == "digits":
@@ -75,20 +86,30 @@ def build_dataset(
         from vizattn.data.scenes import Scenes
 
         return Scenes(split, transform, **chosen)
+    if name == "segmentation_folder":
+        from vizattn.data.segmentation import SegmentationFolder
+
+        return SegmentationFolder(_root(name, root), split, transform, **chosen)
     from vizattn.data.folder import ImageFolder
 
-    return ImageFolder(_root(root), split, transform, **chosen)
+    return ImageFolder(_root(name, root), split, transform, **chosen)
 
 
 def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
     """The splits that `build_dataset` can build: all three, except for folders that lack some of them."""
     chosen = _options(name, "train", options)
+    chosen.pop("on_error", None)
+    if name == "segmentation_folder":
+        from vizattn.data.segmentation import segmentation_splits
+
+        for option in ("reduce_zero_label", "class_names"):
+            chosen.pop(option, None)
+        return segmentation_splits(_root(name, root), **chosen)
     if name != "folder":
         return list(SPLITS)
     from vizattn.data.folder import folder_splits
 
-    chosen.pop("on_error", None)
-    return folder_splits(_root(root), **chosen)
+    return folder_splits(_root(name, root), **chosen)
 
 
 def _options(name: str, split: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +124,7 @@ def _options(name: str, split: str, options: dict[str, Any]) -> dict[str, Any]:
     return {option: options[option] for option in DATASETS[name] if option in options}
 
 
-def _root(root: str | os.PathLike[str] | None) -> str:
+def _root(name: str, root: str | os.PathLike[str] | None) -> str:
     if root is None:
-        raise VizattnError('The data set "folder" needs its folder: set data.root, or give --data DIR.')
+        raise VizattnError(f'The data set "{name}" needs its folder: set data.root, or give --data DIR.')
     return os.fspath(root)

@@ -17,7 +17,7 @@ from vizattn.errors import VizattnError, unknown
 
 __all__ = ["ImageFolder", "folder_splits", "has_split_folders"]
 
-_ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _EXPECTED = """Expected one folder a class, split automatically,
   {root}/<class>/<image>.jpg
 or split by you,
@@ -25,7 +25,7 @@ or split by you,
   {root}/val/<class>/<image>.jpg
   {root}/test/<class>/<image>.jpg
 """
-_SPLIT_NAMES = {name for names in _ALIASES.values() for name in names}
+_SPLIT_NAMES = {name for names in SPLIT_ALIASES.values() for name in names}
 _SHOWN = 12  # lines of a tree, and names in a message
 
 
@@ -123,9 +123,9 @@ class ImageFolder(Dataset):
     def _check(self, names: list[str]) -> dict[str, str]:
         bad = unreadable([os.path.join(self.root, name) for name in names], whole=self.split != "train")
         if bad and self.on_error == "stop":
-            listed = _listed(f"{path}: {reason}" for path, reason in bad.items())
+            reasons = listed(f"{path}: {reason}" for path, reason in bad.items())
             raise VizattnError(
-                f"{len(bad)} of {len(names)} images of the {self.split} split cannot be read:\n{listed}\n"
+                f"{len(bad)} of {len(names)} images of the {self.split} split cannot be read:\n{reasons}\n"
                 'Repair or remove them, or leave them out with data.on_error="skip".'
             )
         for path, reason in bad.items():
@@ -159,17 +159,13 @@ def has_split_folders(root: str | os.PathLike[str]) -> bool:
 
 def _splits(root: str, val_fraction: float, test_fraction: float, seed: int) -> dict[str, dict[str, list[str]]]:
     """Split to class to file names relative to `root`."""
-    for option, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= value < 1:
-            raise VizattnError(f"{option} is a share of the images, at least 0 and below 1, not {value}.")
-    if val_fraction + test_fraction >= 1:
-        raise VizattnError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on.")
+    check_fractions(val_fraction, test_fraction)
     if not os.path.isdir(root):
-        raise VizattnError(f"There is no folder {root}.\n{_EXPECTED.format(root=root)}{_nearest(root)}")
+        raise VizattnError(f"There is no folder {root}.\n{_EXPECTED.format(root=root)}{nearest_tree(root)}")
     if not has_split_folders(root):
         classes = _classes(root, "")
         _demand_images(root, "", classes)
-        parts = {name: _divide(files, val_fraction, test_fraction, seed) for name, files in classes.items()}
+        parts = {name: divide(files, val_fraction, test_fraction, seed) for name, files in classes.items()}
         return _nonempty(parts, ("train", "val", "test"))
 
     folders = _split_folders(root)
@@ -179,16 +175,25 @@ def _splits(root: str, val_fraction: float, test_fraction: float, seed: int) -> 
     for split, classes in found.items():
         _demand_same_classes(root, split, classes, first, found[first])
     if "train" in found and "val" not in found:
-        parts = {name: _divide(files, val_fraction, 0.0, seed) for name, files in found["train"].items()}
+        parts = {name: divide(files, val_fraction, 0.0, seed) for name, files in found["train"].items()}
         found |= _nonempty(parts, ("train", "val"))
     return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Sees that both are shares and leave something to train on."""
+    for option, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= value < 1:
+            raise VizattnError(f"{option} is a share of the images, at least 0 and below 1, not {value}.")
+    if val_fraction + test_fraction >= 1:
+        raise VizattnError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on.")
 
 
 def _split_folders(root: str) -> dict[str, str]:
     """Split to the folder of that name which has folders inside."""
     found = {
         split: next((name for name in names if _subfolders(os.path.join(root, name))), None)
-        for split, names in _ALIASES.items()
+        for split, names in SPLIT_ALIASES.items()
     }
     return {split: name for split, name in found.items() if name}
 
@@ -198,7 +203,7 @@ def _nonempty(parts: dict[str, tuple[list[str], ...]], splits: tuple[str, ...]) 
     return {split: classes for split, classes in divided.items() if any(classes.values())}
 
 
-def _divide(files: list[str], val_fraction: float, test_fraction: float, seed: int) -> tuple[list[str], ...]:
+def divide(files: list[str], val_fraction: float, test_fraction: float, seed: int) -> tuple[list[str], ...]:
     """Train, val and test part of one class; a part with a share gets at least one image while there are enough."""
     order = sorted(files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     count = len(order)
@@ -236,7 +241,7 @@ def _demand_images(root: str, folder: str | None, classes: dict[str, list[str]])
         problem = f"There are no images for {_quoted(empty)} in {where}. Add some, or remove the empty folders."
     else:
         return
-    raise VizattnError(f"{problem}\n{_EXPECTED.format(root=root)}{_tree(root)}")
+    raise VizattnError(f"{problem}\n{_EXPECTED.format(root=root)}{tree(root)}")
 
 
 def _demand_same_classes(
@@ -248,30 +253,31 @@ def _demand_same_classes(
         problems += [f"lacks {_quoted(missing)}, which {first} has"] if missing else []
         raise VizattnError(
             f"The classes of the {split} folder must be those of {first}: it {' and '.join(problems)}. A class without "
-            f"{split} images is an empty folder.\n{_tree(root)}"
+            f"{split} images is an empty folder.\n{tree(root)}"
         )
     if not any(classes.values()):
-        raise VizattnError(f"There are no images in the {split} folder.\n{_EXPECTED.format(root=root)}{_tree(root)}")
+        raise VizattnError(f"There are no images in the {split} folder.\n{_EXPECTED.format(root=root)}{tree(root)}")
 
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _listed(lines: Iterable[str], indent: str = "  ") -> str:
+def listed(lines: Iterable[str], indent: str = "  ") -> str:
+    """The first lines, indented, and how many more there are."""
     lines = list(lines)
     shown = lines[:_SHOWN] + ([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
     return "\n".join(indent + line for line in shown)
 
 
-def _nearest(path: str) -> str:
+def nearest_tree(path: str) -> str:
     """The tree of the lowest folder above a missing path that does exist."""
     while not os.path.isdir(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
-    return _tree(path)
+    return tree(path)
 
 
-def _tree(root: str) -> str:
+def tree(root: str) -> str:
     """What is in a folder, two levels deep, shortened."""
     lines = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
@@ -281,4 +287,4 @@ def _tree(root: str) -> str:
         inside = sorted(os.listdir(entry.path))
         names = ", ".join(inside[:4]) + (f", ... ({len(inside)} in all)" if len(inside) > 4 else "")
         lines.append(f"{entry.name}/  {names or '(empty)'}")
-    return f"Found in {root}:\n{_listed(lines) if lines else '  (nothing)'}"
+    return f"Found in {root}:\n{listed(lines) if lines else '  (nothing)'}"

@@ -37,25 +37,25 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def load_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Decodes an image file to RGB, upright.
+def load_rgb(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
+    """Decodes an image file to RGB.
 
-    The EXIF orientation is applied; of an animation the first frame is taken; transparent parts become white; 16-bit
-    and float images are scaled to 8 bits.
+    The EXIF orientation is applied if `upright`; of an animation the first frame is taken; transparent parts become
+    white; 16-bit and float images are scaled to 8 bits.
 
     Raises:
         OSError: The file cannot be read or decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
-        return _decode(path)
+        return _decode(path, upright)
 
 
-def _decode(path: str | os.PathLike[str]) -> Image.Image:
+def _decode(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(image) if upright else image)
     except OSError:
         raise
     except (

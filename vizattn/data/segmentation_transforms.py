@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vizattn.data.masks import IGNORE_INDEX
 from vizattn.data.transforms import check_preprocessing
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["AUGMENTATIONS", "IGNORE_INDEX", "SegmentationTransform", "build_segmentation_transforms"]
+__all__ = ["AUGMENTATIONS", "SegmentationTransform", "build_segmentation_transforms"]
 
-IGNORE_INDEX = 255
 AUGMENTATIONS = ("none", "light", "ade20k")
 _SCALES = {"none": (1.0, 1.0), "light": (0.75, 1.33), "ade20k": (0.5, 2.0)}
 _MOST_OF_ONE = 0.75  # share of a crop that one class may fill
