@@ -43,11 +43,9 @@ def names(dataset):
 
 
 def voc(root, train, val, name="2007_{:06}"):
-    lists = {
-        "train": [name.format(i) for i in range(train)],
-        "val": [name.format(i) for i in range(train, train + val)],
-    }
-    for i, each in enumerate(lists["train"] + lists["val"]):
+    every = [name.format(i) for i in range(train + val)]
+    lists = {"train": every[:train], "val": every[train:]}
+    for i, each in enumerate(every):
         save_pair(root / "JPEGImages" / f"{each}.jpg", root / "SegmentationClass" / f"{each}.png", i)
     folder = root / "ImageSets" / "Segmentation"
     folder.mkdir(parents=True)
@@ -66,10 +64,9 @@ def test_automatic_split_is_whole_and_fixed(flat):
     assert available_splits("segmentation_folder", root=flat) == ["train", "val", "test"]
     parts = {split: build_dataset("segmentation_folder", split, root=flat) for split in ("train", "val", "test")}
     assert {split: len(part) for split, part in parts.items()} == {"train": 21, "val": 3, "test": 6}
-    assert sorted(sum(map(names, parts.values()), [])) == [f"{i:02}" for i in range(30)]
-    assert (
-        names(SegmentationFolder(flat, "val")) == names(parts["val"]) != names(SegmentationFolder(flat, "val", seed=1))
-    )
+    assert sorted(name for part in parts.values() for name in names(part)) == [f"{i:02}" for i in range(30)]
+    again, other = SegmentationFolder(flat, "val"), SegmentationFolder(flat, "val", seed=1)
+    assert names(again) == names(parts["val"]) != names(other)
     assert all(part.class_names == ["class 0", "class 1", "class 2"] for part in parts.values())
 
 
@@ -110,7 +107,7 @@ def test_split_folders_above_or_below(tmp_path, images, masks, ending, val):
 def test_val_is_split_off_train_where_it_is_missing(tmp_path):
     fill(tmp_path, 20, "train/images", "train/masks")
     assert [len(SegmentationFolder(tmp_path, split)) for split in ("train", "val")] == [18, 2]
-    with pytest.raises(VizattnError, match="no test split in .* it has train, val"):
+    with pytest.raises(VizattnError, match=r"no test split in .* it has train, val"):
         SegmentationFolder(tmp_path, "test")
 
 
@@ -154,7 +151,7 @@ def test_cityscapes(tmp_path, kind):
             image = tmp_path / "leftImg8bit" / split / f"{stem}_leftImg8bit.png"
             mask = tmp_path / "gtFine" / split / f"{stem}_gtFine_{kind}.png"
             save_pair(image, mask, i)
-            Image.new("RGBA", SIZE).save(str(mask).replace(kind, "color"))
+            Image.new("RGBA", SIZE).save(mask.with_name(mask.name.replace(kind, "color")))
             if kind == "labelIds":
                 Image.fromarray(np.tile(np.arange(12, dtype=np.uint8) + 24, (8, 1))).save(mask)
     assert available_splits("segmentation_folder", root=tmp_path) == ["train", "val"]

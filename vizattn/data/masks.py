@@ -137,7 +137,7 @@ def check_labels(classes: np.ndarray, num_classes: int, path: str) -> np.ndarray
 
 
 def palette_of(path: str, count: int) -> list[tuple[int, int, int]] | None:
-    """The first `count` colours of a palette image; None for other images, and where colours are missing, equal or all grey."""
+    """The first `count` colours of a palette image; None for others, and where colours are missing, equal or grey."""
     try:
         with Image.open(path) as image:
             values = image.getpalette("RGB") if image.mode == "P" else None
