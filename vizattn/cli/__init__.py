@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
     "predict": "classify images",
+    "data": "check a folder of images and masks",
     "weights": "list, fetch, verify and convert released weights",
 }
 

@@ -12,9 +12,9 @@ from vizattn.data.masks import IGNORE_INDEX, distinct, palette_of, to_classes, v
 from vizattn.data.segmentation_layouts import Found
 from vizattn.errors import VizattnError
 
-__all__ = ["find_class_names", "find_palette"]
+__all__ = ["NAME_FILES", "find_class_names", "find_palette", "names_in"]
 
-_NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
+NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 
 VOC = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"]
 VOC += ["diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
@@ -71,7 +71,7 @@ def find_class_names(found: Found, reduce_zero_label: bool, given: Sequence[str]
 
 
 def _names_in_file(root: str) -> list[str] | None:
-    path = next((Path(root) / name for name in _NAME_FILES if (Path(root) / name).is_file()), None)
+    path = next((Path(root) / name for name in NAME_FILES if (Path(root) / name).is_file()), None)
     return None if path is None else names_in(path)
 
 

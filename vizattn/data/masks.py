@@ -16,6 +16,7 @@ from vizattn.errors import VizattnError
 __all__ = [
     "IGNORE_INDEX",
     "check_labels",
+    "count_labels",
     "distinct",
     "palette_of",
     "read_mask",
@@ -186,9 +187,14 @@ def _distinct(path: str) -> frozenset[int]:
 def _distinct_of(path: str, size: int, mtime_ns: int) -> frozenset[int]:
     """Remembered for as long as the file's size and time of change stay the same."""
     try:
-        labels = read_mask(path)
+        return frozenset(count_labels(read_mask(path)))
     except OSError:
         return frozenset()
+
+
+def count_labels(labels: np.ndarray) -> dict[int, int]:
+    """The labels that occur, in order, and their numbers of pixels."""
     if labels.dtype == np.uint8:
-        return frozenset(np.flatnonzero(np.bincount(labels.ravel())).tolist())
-    return frozenset(np.unique(labels).tolist())
+        return {label: int(count) for label, count in enumerate(np.bincount(labels.ravel())) if count}
+    found, counts = np.unique(labels, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist()))
