@@ -36,7 +36,7 @@ def head_class(name: str) -> Any:
     return HEADS[name]
 
 
-def build(name: str, channels: Sequence[int], strides: Sequence[int], num_classes: int, **options: Any) -> Any:
+def build(name: str, channels: Sequence[int], strides: Sequence[int], num_classes: int, /, **options: Any) -> Any:
     """A head for maps of these channels and strides (in pixels of the image), finest first.
 
     Raises:
