@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import nn
 
-import vizattn  # noqa: F401  (registers the backbones)
+import vizattn
 from vizattn.adapters import attached
 from vizattn.attention import ATTENTION
+from vizattn.heads import Segmenter
 
 #: method, options
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,7 +130,11 @@ REFUSED = {
     "hst": PYRAMIDS,
 }
 
+#: Models that are tried as maps under a segmentation head.
+DENSE_ROWS = ("vit_va", "vit", "nat", "biformer", "swin")
+
 COMBINATIONS = [(m, b) for m in METHODS for b in MODELS if b not in REFUSED.get(m, set())]
+DENSE = [(m, b) for m, b in COMBINATIONS if b in DENSE_ROWS]
 
 
 def create(row: str, num_classes: int = 5, **kwargs: Any) -> nn.Module:
@@ -146,6 +151,20 @@ def create(row: str, num_classes: int = 5, **kwargs: Any) -> nn.Module:
             value *= parameter[0].numel() ** -0.5 if matrix else 0.1
             parameter.copy_(value + 1 if parameter.ndim == 1 and key.endswith("weight") else value)
     return model.eval()
+
+
+def create_maps(row: str, method: str | None = None, **kwargs: Any) -> nn.Module:
+    """The model of a row as maps of features, a method attached."""
+    maps = create(row, num_classes=0, features_only=True, **kwargs)
+    if method is not None:
+        torch.manual_seed(11)
+        vizattn.attach(maps, METHODS[method][0], **METHODS[method][1])
+    return maps
+
+
+def create_segmenter(row: str, method: str, **kwargs: Any) -> Segmenter:
+    """The same under a linear head of 7 classes."""
+    return Segmenter(create_maps(row, method, **kwargs), 7, head="linear")
 
 
 def images(batch: int = 2, seed: int = 0) -> torch.Tensor:

@@ -308,6 +308,3 @@ def test_backbone_that_cannot_be_created(bundle):
     edit(bundle, backbone={**config["backbone"], "name": "vit_tinny_patch16_224"})
     with pytest.raises(VizattnError, match=r"unknown to timm.*vit_tiny_patch16_224"):
         vizattn.create_from_bundle(bundle)
-    edit(bundle, backbone={**config["backbone"], "features_only": True})
-    with pytest.raises(VizattnError, match="features_only"):
-        vizattn.create_from_bundle(bundle)

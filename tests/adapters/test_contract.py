@@ -260,30 +260,6 @@ def test_training_from_stored_features(method, row):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-FEATURE_ROWS = ("vit_va", "vit", "swin", "biformer", "efficientvit")
-
-
-@pytest.mark.parametrize(("method", "row"), [(m, b) for m, b in COMBINATIONS if b in FEATURE_ROWS])
-def test_features_only(method, row):
-    listed = row in ("swin", "efficientvit")  # timm makes a list of layers of the model, without its `forward_features`
-    if (listed and method == "side_tuning") or method in ("linear_probe", "efficient_probing"):
-        model = create(row, num_classes=0, features_only=True)
-        with pytest.raises(VizattnError):
-            vizattn.attach(model, *METHODS[method][:1], **METHODS[method][1])
-        return
-    name, options = METHODS[method]
-    model = vizattn.attach(create(row, num_classes=0, features_only=True), name, **options)
-    randomise(model)
-    maps = model(images())
-    assert [m.shape[-3 if row != "swin" else -1] for m in maps] == model.feature_info.channels()
-    sizes = [32 // r for r in model.feature_info.reduction()]
-    assert [m.shape[-2 if row != "swin" else 1] for m in maps] == sizes
-    assert any(m.requires_grad for m in maps)
-    vizattn.detach(model)
-    plain = create(row, num_classes=0, features_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(model(images()), plain(images())))
-
-
 OURS = [row for row, (name, _) in MODELS.items() if timm.model_entrypoint(name).__module__.startswith("vizattn")]
 
 
