@@ -76,13 +76,9 @@ def test_everything_wrong_is_named(sound: Path, capsys: Capture) -> None:
     assert found.out_of_range == {str(masks / "high.png"): [7]}
     assert found.all_ignored == [str(masks / "void.png")]
     advice = "\n".join(found.advice)
-    for part in (
-        "Labels go up to 7, but there are 3 classes: name 8",
-        "the 3 images that cannot be used",
-        "1 masks have",
-    ):
-        assert part in advice
-    assert "data.crop_size, such as 32" in advice and "1 masks ignore every pixel" in advice
+    assert "Labels go up to 7, but there are 3 classes: name 8" in advice
+    assert "Images that cannot be used: 3." in advice and "Masks without an image: 1." in advice
+    assert "data.crop_size, such as 32" in advice and "Masks that ignore every pixel: 1." in advice
 
     assert main(["data", "check", str(sound)]) == 1
     text = capsys.readouterr().out
