@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from vizattn.attention import CascadedGroupAttention
 from vizattn.attention.cascaded_group import offset_index
-from vizattn.layers import ConvNorm
+from vizattn.layers import ConvNorm, PooledNorm
 from vizattn.layers.conv_norm import fold_after
 
 from ._build import build, glyphs_cfg, imagenet_cfg
@@ -248,7 +248,7 @@ class EfficientViT(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity()
         self.head = NormMlpClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=nn.BatchNorm2d, **dd
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=PooledNorm, **dd
         )
         fc = self.head.fc
         if isinstance(fc, nn.Linear):

@@ -11,7 +11,7 @@ from torch import nn
 from vizattn.adapters.anatomy import core
 from vizattn.adapters.base import attached
 from vizattn.errors import VizattnError
-from vizattn.layers.conv_norm import fold_after, fold_before
+from vizattn.layers.conv_norm import PooledNorm, fold_after, fold_before
 
 __all__ = ["fuse"]
 
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Exact types: a subclass may change its weight before use, as weight standardisation does, or have no fixed statistics.
 CONV = (nn.Conv2d, Conv2dSame)
-NORM = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORM = (nn.BatchNorm2d, nn.SyncBatchNorm, PooledNorm)
 
 
 @torch.no_grad()

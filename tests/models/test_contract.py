@@ -31,6 +31,13 @@ def test_any_size_in_evaluation_and_training(family: str, size: tuple[int, int])
     assert not [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()]
 
 
+@every_family
+def test_one_image_trains(family: str) -> None:
+    model = create(family).train()
+    model(images(FAMILIES[family].sizes[2], batch=1)).pow(2).sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
 @every_size
 def test_samples_are_independent(family: str, size: tuple[int, int]) -> None:
     model = create(family).double()

@@ -10,6 +10,7 @@ from reference import load, weights
 from torch import Tensor
 
 from vizattn import VizattnError
+from vizattn.layers import PooledNorm
 from vizattn.models.efficientvit import EfficientViT, checkpoint_filter_fn
 
 
@@ -108,3 +109,18 @@ def test_the_norm_before_the_classifier_survives_a_reset() -> None:
 def test_heads_must_divide_the_channels() -> None:
     with pytest.raises(VizattnError, match="64 cannot be split into 5 heads"):
         timm.create_model("efficientvit_va_m0", num_heads=(5, 4, 4))
+
+
+def test_norm_of_pooled_features() -> None:
+    """That of torch, but a single image is normed by the running statistics."""
+    ours, theirs = PooledNorm(6), torch.nn.BatchNorm2d(6)
+    for norm in (ours, theirs):
+        torch.manual_seed(0)
+        for _ in range(3):
+            x = 2 * torch.randn(4, 6, 1, 1) + 1
+            y = norm(x)
+    torch.testing.assert_close(y, theirs.train()(x), rtol=1e-6, atol=1e-6)
+    assert ours.num_batches_tracked == 3
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    assert torch.equal(ours(x[:1]), ours.eval()(x[:1]))
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())

@@ -1,7 +1,7 @@
 """Small layers that several backbones share and `timm.layers` does not have."""
 
-from vizattn.layers.conv_norm import ConvNorm
+from vizattn.layers.conv_norm import ConvNorm, PooledNorm
 from vizattn.layers.linear import Linear
 from vizattn.layers.transformer_block import LayerNorm, TransformerBlock
 
-__all__ = ["ConvNorm", "LayerNorm", "Linear", "TransformerBlock"]
+__all__ = ["ConvNorm", "LayerNorm", "Linear", "PooledNorm", "TransformerBlock"]

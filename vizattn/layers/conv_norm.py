@@ -1,11 +1,13 @@
-"""A convolution or linear layer with BatchNorm behind it, and folding the norm into it for inference."""
+"""BatchNorm: behind a convolution or linear layer, of pooled features, and folded into its neighbour for inference."""
 
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["ConvNorm", "LinearNorm", "fold_after", "fold_before"]
+__all__ = ["ConvNorm", "LinearNorm", "PooledNorm", "fold_after", "fold_before"]
 
 
 def _scale_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
@@ -103,3 +105,19 @@ class LinearNorm(nn.Sequential):
         """The one linear layer that this pair is in inference; changes `linear` in place."""
         fold_after(self.linear, self.bn)
         return self.linear
+
+
+@register_notrace_module  # what it does depends on the batch
+class PooledNorm(nn.BatchNorm2d):
+    """BatchNorm of pooled maps, (B, C, 1, 1) -> the same.
+
+    A single image has no statistics: in training it is normed by the running ones, where `nn.BatchNorm2d` refuses it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        several = self.training and input.numel() > input.shape[1]
+        if several and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, var, self.weight, self.bias, several, self.momentum or 0.0, self.eps)
