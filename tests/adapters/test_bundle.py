@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import vizattn
 from vizattn.adapters import adapter_state, attached, fingerprint, read_bundle
 from vizattn.adapters.bundle import CONFIG_NAME, WEIGHTS_NAME
+from vizattn.engine import load_trained
 from vizattn.errors import VizattnError
 
 
@@ -250,7 +251,19 @@ def test_other_type_of_numbers(bundle):
         vizattn.load_adapter(create("vit").bfloat16(), bundle)
 
 
+def test_a_bundle_in_half_precision_makes_its_model_again(tmp_path):
+    model = timm.create_model("vit_va_nano_patch4_32", pretrained=True, num_classes=5, dtype=torch.bfloat16)
+    vizattn.attach(model, "vpt", num_tokens=2)
+    folder = vizattn.save_adapter(model, tmp_path / "half", class_names=list("abcde"))
+    again = vizattn.create_from_bundle(folder)
+    with torch.no_grad():
+        assert torch.equal(again(images().bfloat16()), model.eval()(images().bfloat16()))
+        # The command line computes with the same weights in single precision.
+        assert torch.equal(load_trained(folder).model(images()), again.float()(images()))
+
+
 WRONG_TYPES = [
+    {"backbone": {"name": "a", "args": {}, "dtype": "load"}},
     {"class_names": ["a"]},
     {"class_names": [1, 2, 3, 4, 5]},
     {"backbone": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,21 @@ def test_debug_shows_the_traceback(command: SimpleNamespace, argv: list[str]) ->
     command.run = failing(VizattnError("No folder."))
     with pytest.raises(VizattnError, match="No folder"):
         main(argv)
+
+
+def test_warnings_of_the_library_are_one_line(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.formatwarning
+
+    def run(args: object) -> int:
+        for file in (vizattn.__file__, __file__):
+            print(warnings.formatwarning("a picture is broken", UserWarning, file, 1, "code"), end="")
+        return 0
+
+    command.run = run
+    assert main(["fake"]) == 0
+    ours, *others = capsys.readouterr().out.splitlines()
+    assert ours == "a picture is broken" and "test_main.py:1: UserWarning: a picture is broken" in others[0]
+    assert warnings.formatwarning is before
 
 
 def test_system_errors_are_one_message(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

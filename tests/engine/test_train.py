@@ -16,9 +16,11 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
+import vizattn
 from vizattn.cli import main
 from vizattn.engine import evaluate, load_trained, train
-from vizattn.engine.checkpoint import read_checkpoint
+from vizattn.engine.checkpoint import model_state, read_checkpoint
+from vizattn.engine.ema import EmaHook
 from vizattn.engine.loggers import wandb_mode
 
 
@@ -107,6 +109,14 @@ def test_the_average_has_running_statistics_of_its_own(adapter_recipe: dict[str,
     (name,) = (name for name in averaged if name.endswith("running_mean"))
     assert torch.equal(newest["model"][name], plain[name])
     assert torch.equal(newest["ema"][name], averaged[name]) and not torch.equal(averaged[name], plain[name])
+
+
+@pytest.mark.parametrize("method", ["apla", "linear_probe", "full"])
+def test_the_average_holds_what_checkpoints_hold(method: str) -> None:
+    """Not the statistics of frozen norms, which a checkpoint of an adapter could not place."""
+    model = vizattn.attach(timm.create_model("efficientvit_va_nano", num_classes=3), method)
+    names = EmaHook(model, 0.9).state_dict().keys()
+    assert names <= model_state(model).keys() and len(names) >= 2
 
 
 def test_a_run_without_validation_and_test(recipe: dict[str, Any], tmp_path: Path) -> None:

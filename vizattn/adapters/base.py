@@ -337,7 +337,8 @@ def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:
     try:
         anatomy = describe(model)
     except VizattnError as error:
-        raise VizattnError(f"Cannot attach {method!r}: {error}") from None
+        fitting = [n for n, m in sorted(METHODS.items()) if not m.needs_anatomy]
+        raise VizattnError(f"Cannot attach {method!r}: {error} Any timm model takes: {', '.join(fitting)}.") from None
     unfit = _unfit(opts, anatomy)
     if unfit:
         fitting = [n for n, m in sorted(METHODS.items()) if not _unfit(m, anatomy)]

@@ -254,7 +254,12 @@ def _check_schema(folder: Path, config: dict[str, Any]) -> None:
     wrong = [key for key, types in _SCHEMA.items() if not isinstance(config.get(key), types) or key not in config]
     if not wrong:
         backbone, names = config["backbone"], config["class_names"]
-        if not isinstance(backbone.get("name"), str) or not isinstance(backbone.get("args"), dict):
+        dtype = getattr(torch, str(backbone.setdefault("dtype", "float32")), None)
+        if not (
+            isinstance(backbone.get("name"), str)
+            and isinstance(backbone.get("args"), dict)
+            and isinstance(dtype, torch.dtype)
+        ):
             wrong.append("backbone")
         for a in config["adapters"]:
             fits = isinstance(a, dict) and isinstance(a.get("method"), str) and isinstance(a.get("options"), dict)
@@ -442,6 +447,7 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
     task = {"features_only": True} if backbone.get("features_only") else {"num_classes": config["num_classes"]}
     try:
         model = timm.create_model(_full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
+        model.to(getattr(torch, backbone["dtype"]))
     except Exception as error:
         raise VizattnError(
             f"{folder} needs {_full_name(backbone)}{' with its pretrained weights' if frozen else ''}, which cannot be "

@@ -9,7 +9,10 @@ import importlib.metadata
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 __all__ = ["COMMANDS", "main"]
 
@@ -78,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Messages(logging.Handler):
-    """Shows on stderr what the library has to say, such as where weights come from; in the main process of several."""
+    """Shows on stderr what the library has to say, such as where weights come from; in the main process of several.
+
+    Its warnings, such as of images that cannot be read, are shown without the line of code they come from.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -86,6 +92,8 @@ class _Messages(logging.Handler):
         self.before = self.logger.level
         self.logger.setLevel(logging.INFO)
         self.logger.addHandler(self)
+        self.format_of_warnings = warnings.formatwarning
+        warnings.formatwarning = self._format_warning
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)  # looked up late: a progress bar may stand in for it
@@ -93,6 +101,13 @@ class _Messages(logging.Handler):
     def end(self) -> None:
         self.logger.removeHandler(self)
         self.logger.setLevel(self.before)
+        warnings.formatwarning = self.format_of_warnings
+
+    def _format_warning(self, message: Any, category: Any, filename: str, *place: Any, **kwargs: Any) -> str:
+        library = getattr(sys.modules.get("vizattn"), "__file__", None)
+        if library and Path(library).parent in Path(filename).parents:
+            return f"{message}\n"
+        return self.format_of_warnings(message, category, filename, *place, **kwargs)
 
 
 def _top_parser() -> argparse.ArgumentParser:

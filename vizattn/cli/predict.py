@@ -113,7 +113,9 @@ def predict_batch(
         try:
             tensors[i] = transform(load_rgb(path))
         except OSError as error:
-            results[i]["error"] = "not an image file" if isinstance(error, UnidentifiedImageError) else str(error)
+            results[i]["error"] = (
+                "not an image file" if isinstance(error, UnidentifiedImageError) else error.strerror or str(error)
+            )
     if tensors:
         device = next(model.parameters()).device
         with torch.inference_mode():

@@ -17,6 +17,7 @@ from vizattn.files import replacing
 
 __all__ = [
     "FORMAT_VERSION",
+    "changing",
     "check_same_data",
     "check_same_recipe",
     "checkpoints_in",
@@ -165,10 +166,11 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: with an adapter its tensors, the head and changed buffers; else everything."""
     # A copy: tensors of a state dict are views of what goes on changing.
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(model).items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing(model).items()}
 
 
-def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
+def changing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same, not copied: the model's own tensors."""
     return adapter_state(model) if attached(model) else model.state_dict()
 
 
@@ -178,7 +180,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], where:
     Raises:
         VizattnError: The names or shapes are those of another model; the message names the first.
     """
-    expected = _changing(model)
+    expected = changing(model)
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in expected]
     problems += [

@@ -8,14 +8,16 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
+from vizattn.engine.checkpoint import changing
+
 __all__ = ["EmaHook"]
 
 
 class EmaHook(Hook):
     """Keeps ``average = decay * average + (1 - decay) * weight`` of what trains, and validates with it.
 
-    That is each trained parameter, and each floating buffer, so that the running statistics of a batch norm belong to
-    the averaged weights.
+    That is each trained parameter, and each floating buffer that checkpoints hold, so that the running statistics of a
+    batch norm belong to the averaged weights.
 
     In the first iterations the decay is lower, (1 + t) / (10 + t), so that the untrained start is soon forgotten.
     Only what trains is copied: beside a frozen backbone the average costs next to nothing, in memory and in
@@ -30,7 +32,7 @@ class EmaHook(Hook):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        saved = model.state_dict().keys()
+        saved = changing(model)
         self.weights: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights |= {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}

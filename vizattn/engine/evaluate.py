@@ -158,7 +158,7 @@ def _load_bundle(folder: Path, weights: str | Path | None) -> Trained:
     bundle = read_bundle(folder)
     if not bundle.get("class_names"):
         raise VizattnError(f"The bundle {folder} carries no class names: save it with class_names=...")
-    model = create_from_bundle(folder, weights)
+    model = create_from_bundle(folder, weights).float()  # as images are; of a model in half precision the same values
     metadata = bundle.get("metadata") or {}
     return Trained(
         model, bundle["class_names"], bundle["preprocessing"], metadata.get("config"), metadata.get("palette")
