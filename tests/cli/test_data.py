@@ -104,6 +104,19 @@ def test_masks_of_0_and_255(sound: Path) -> None:
     assert any("fewer than two classes, as 255 is ignored" in sentence for sentence in audit(sound).advice)
 
 
+def test_palettes_that_differ(sound: Path) -> None:
+    paths = sorted((sound / "train" / "masks").iterdir())
+    for path in paths:
+        image = Image.open(path)
+        image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255] + [9] * 759)
+        image.save(path)
+    assert audit(sound).advice == [] and audit(sound).mask_modes == {"P": 3, "L": 1}
+    image.putpalette([0, 0, 0, 0, 0, 255, 255, 0, 0] + [9] * 759)
+    image.save(paths[-1])
+    (sentence,) = audit(sound).advice
+    assert f"palettes of {paths[0]} and {paths[-1]} differ" in sentence
+
+
 def test_classes_that_a_split_lacks_and_names_from_a_file(sound: Path, tmp_path: Path, capsys: Capture) -> None:
     names = tmp_path / "names.txt"
     names.write_text("0: ground\n1: cat\n2: dog\n3: unicorn\n")

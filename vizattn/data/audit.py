@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ def audit(
     result = Audit(found.root, found.layout, names, masks_without_image=found.without_image, advice=advice)
     sizes: list[tuple[int, int]] = []
     modes: Counter[str] = Counter()
+    palettes: dict[bytes, str] = {}
     occurring: set[int] = set()
     for split, pairs in found.splits.items():
         problems = dict.fromkeys(found.without_mask.get(split, []), "there is no mask for it")
@@ -113,9 +115,10 @@ def audit(
         counts = np.zeros((len(usable), len(names)), dtype=np.int64)
         ignored = 0
         for row, (pair, looked) in enumerate(zip(usable, _map(lambda pair: _look(pair, reduce_zero_label), usable))):
-            size, mode, labels = looked
+            size, mode, palette, labels = looked
             sizes.append(size)
             modes[mode] += 1
+            palettes.setdefault(palette[: 3 * len(names)], pair.mask)
             occurring |= labels.keys()
             ignored += labels.pop(IGNORE_INDEX, 0)
             if not labels:
@@ -131,16 +134,29 @@ def audit(
         widths, heights = np.array(sizes).T
         result.widths, result.heights = _range(widths), _range(heights)
     result.mask_modes = dict(modes)
+    result.advice += _differing(palettes)
     result.advice += _advice(result, occurring, reduce_zero_label, class_names is not None)
     return result
 
 
-def _look(pair: Pair, reduce_zero_label: bool) -> tuple[tuple[int, int], str, dict[int, int]]:
-    """Size of the mask, its mode, and how many pixels each class has."""
+def _look(pair: Pair, reduce_zero_label: bool) -> tuple[tuple[int, int], str, bytes, dict[int, int]]:
+    """Size of the mask, its mode, its palette if any, and how many pixels each class has."""
     classes = read_classes(pair.mask, reduce_zero_label)
     with Image.open(pair.mask) as image:
-        mode = image.mode
-    return (classes.shape[1], classes.shape[0]), mode, count_labels(classes)
+        mode, palette = image.mode, bytes((image.mode == "P" and image.getpalette("RGB")) or [])
+    return (classes.shape[1], classes.shape[0]), mode, palette, count_labels(classes)
+
+
+def _differing(palettes: dict[bytes, str]) -> list[str]:
+    """A sentence if one palette is not the beginning of the next; files that have none do not matter."""
+    longest_last = sorted((palette for palette in palettes if palette), key=len)
+    for shorter, longer in pairwise(longest_last):
+        if not longer.startswith(shorter):
+            return [
+                f"The palettes of {palettes[shorter]} and {palettes[longer]} differ: see that each label means the "
+                "same class in both, as the labels count and not the colours."
+            ]
+    return []
 
 
 def _map(function: Any, items: Sequence[Pair]) -> Iterable[Any]:
