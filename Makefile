@@ -6,7 +6,7 @@ NANO_RUN := work_dirs/pretrain_nano
 NANO_WEIGHTS := vizattn/weights/vit_va_nano_patch4_32.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow timm-suite lint format wheel-smoke pretrain clean
+.PHONY: help demo test test-slow timm-suite lint format cards wheel-smoke pretrain clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,14 +23,19 @@ test-slow: .venv/.installed-test  ## Run the tests that take long
 timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
 	$(BIN)/python tools/timm_suite.py $(ARGS)
 
-lint: .venv/.installed-test  ## Check style, formatting and types
+lint: .venv/.installed-test  ## Check style, formatting and types, and that the model cards are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/make_cards.py --check
 
 format: .venv/.installed-test  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+cards: .venv/.installed  ## Write the model cards and the index of the zoo from what is registered and measured
+	$(BIN)/python tools/measure_zoo.py cost
+	$(BIN)/python tools/make_cards.py
 
 wheel-smoke: .venv/.installed-test  ## Build the wheel and use it from a fresh environment elsewhere
 	.ci/wheel_smoke.sh $(BIN)/python

@@ -46,6 +46,19 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
+def times(name: str, options: argparse.Namespace, reference: Callable[[], None]) -> tuple[list[float], list[float]]:
+    """Of each round, the time in units of `reference`'s and in seconds."""
+    run = step_of(name, options.batch, options.size, options.train, options)
+    seconds(run)
+    ratios, wall = [], []
+    for _ in range(options.rounds):
+        around = [seconds(reference)]
+        wall.append(seconds(run))
+        around.append(seconds(reference))
+        ratios.append(wall[-1] / (sum(around) / 2))
+    return ratios, wall
+
+
 def main() -> None:
     """Print a line a backbone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,17 +88,10 @@ def main() -> None:
     reference = step_of("resnet50", options.batch, options.size, options.train, options)
     seconds(reference)
     for name in options.names:
-        run = step_of(name, options.batch, options.size, options.train, options)
-        seconds(run)
-        ratios, times = [], []
-        for _ in range(options.rounds):
-            around = [seconds(reference)]
-            times.append(seconds(run))
-            around.append(seconds(reference))
-            ratios.append(times[-1] / (sum(around) / 2))
+        ratios, wall = times(name, options, reference)
         print(
             f"{name:32s} {statistics.median(ratios):7.3f} of resnet50 "
-            f"({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(times) * 1e3:8.1f} ms"
+            f"({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(wall) * 1e3:8.1f} ms"
         )
 
 

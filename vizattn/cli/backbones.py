@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["build_empty", "gmacs", "our_names", "summary", "timm_names"]
+__all__ = ["build_empty", "costs", "family", "gmacs", "our_names", "parameters", "summary", "timm_names"]
 
 
 def our_names() -> list[str]:
@@ -25,12 +28,30 @@ def timm_names() -> list[str]:
     return [name for name in timm.list_models() if name not in ours]
 
 
-def summary(name: str, count: bool = True) -> dict[str, Any]:
-    """One row of the list. The parameters, classifier included, are counted only if `count`: that builds the model."""
+def family(name: str) -> str:
+    """The family of a backbone, by its module: that of ``agent_swin_tiny``, of `models/agent_swin.py`, is "agent"."""
+    package, _, module = model_entrypoint(name).__module__.rpartition(".")
+    return module.partition("_")[0] if package == "vizattn.models" else module
+
+
+@lru_cache(maxsize=1)
+def costs() -> dict[str, dict[str, Any]]:
+    """``{"parameters", "gmacs"}`` of each of our backbones as registered, so that no model need be built to list them.
+
+    `tools/make_cards.py` writes the table from what `tools/measure_zoo.py` counted.
+    """
+    table: dict[str, dict[str, Any]] = json.loads((files("vizattn.weights") / "costs.json").read_text("utf-8"))
+    return table
+
+
+def summary(name: str) -> dict[str, Any]:
+    """One row of the list; parameters (classifier included) and multiply-adds are None for those of timm."""
     cfg = get_pretrained_cfg(name)
+    cost = costs().get(name, {})
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in build_empty(name).parameters()) if count else None,
+        "parameters": cost.get("parameters"),
+        "gmacs": cost.get("gmacs"),
         "input": list(cfg.input_size[1:]) if cfg else None,
         "weights": weights_source(cfg),
         "licence": (cfg.license if cfg else None) or None,
@@ -48,6 +69,11 @@ def build_empty(name: str) -> nn.Module:
     """The backbone in eval mode with shapes but no values, frozen (else the flop counter hooks into its gradients)."""
     with torch.device("meta"):
         return timm.create_model(name).eval().requires_grad_(False)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, those of the classifier included."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def gmacs(model: nn.Module, input_size: tuple[int, ...]) -> float:

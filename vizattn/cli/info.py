@@ -64,7 +64,7 @@ def describe_backbone(name: str) -> dict[str, Any]:
     from vizattn.data import preprocessing_of
     from vizattn.errors import unknown
 
-    from .backbones import build_empty, gmacs, summary
+    from .backbones import build_empty, family, gmacs, parameters, summary
     from .methods import fitting_methods
 
     architecture, _, tag = name.partition(".")
@@ -75,7 +75,9 @@ def describe_backbone(name: str) -> dict[str, Any]:
     cfg = model.pretrained_cfg
     return {
         "backbone": name,
+        "family": family(architecture),
         **{key: value for key, value in summary(name).items() if key != "name"},
+        "parameters": parameters(model),
         "gmacs": gmacs(model, cfg["input_size"]),
         "classes": cfg["num_classes"],
         "width": model.num_features,
