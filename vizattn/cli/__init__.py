@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
     "predict": "classify images",
+    "publish": "put a bundle or a trained model on the Hugging Face hub",
     "data": "check a folder of images and masks",
     "weights": "list, fetch, verify and convert released weights",
 }

@@ -225,9 +225,10 @@ def upload(folder: Path, repo: str) -> str:
             403: f"the token may not write to {repo}: it needs the permission to write, there",
         }.get(status, str(error).strip().partition("\n")[0])
         raise VizattnError(f"The hub at {api.endpoint} refused to take {repo}: {reason}.") from error
-    except Exception as error:  # of its HTTP library: no connection, or a broken one
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the disk
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]  # which one the hub's client uses depends on its version
+        if library not in ("httpx", "httpx2", "requests") and not isinstance(error, ConnectionError | TimeoutError):
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise VizattnError(
             f"The hub at {api.endpoint} cannot be reached: {reason}. --dry-run FOLDER writes all files without it."
