@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import classifiers, core, map_source
 from vizattn.adapters.base import METHODS, attach, attached, make_options, replace_head
-from vizattn.adapters.edits import Edits
+from vizattn.adapters.edits import Edits, SetAttr
 from vizattn.errors import VizattnError, closest
 from vizattn.files import replacing, write_text
 from vizattn.heads import Segmenter
@@ -173,8 +173,15 @@ def _backbone(model: Any, source: nn.Module | None) -> dict[str, Any]:
         "args": {k: v for k, v in args.items() if _is_plain(v)},
         "args_left_out": sorted(k for k, v in args.items() if not _is_plain(v)),
         "features_only": source is not None,
+        "out_indices": None if source is None else list(_own_info(source).out_indices),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _own_info(source: Any) -> Any:
+    """The `feature_info` of the backbone's maps, whatever maps its adapters give instead."""
+    edits = [e for a in attached(source) for e in a.edits.done if isinstance(e, SetAttr) and e.owner is source]
+    return next((e.old for e in edits if e.name == "feature_info"), source.feature_info)
 
 
 def _pooling(model: Any) -> str | None:
@@ -360,7 +367,8 @@ def _full_name(backbone: dict[str, Any]) -> str:
 
 def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
     """Raises a VizattnError where `model` is another one than the bundle was trained on."""
-    features_only = map_source(model) is not None
+    source = map_source(model)
+    features_only = source is not None
     model = core(model)
     name = model.pretrained_cfg["architecture"] if getattr(model, "pretrained_cfg", None) else type(model).__name__
     if name != wanted["name"]:
@@ -370,6 +378,12 @@ def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
         raise VizattnError(
             f"{folder} was trained on {kinds[not features_only]}, this is {kinds[features_only]}: create it "
             f"{'without' if features_only else 'with'} features_only=True."
+        )
+    indices = wanted.get("out_indices")
+    if source is not None and indices is not None and indices != list(source.feature_info.out_indices):
+        raise VizattnError(
+            f"{folder} was trained on the maps {indices} of {_full_name(wanted)}, this model gives "
+            f"{list(source.feature_info.out_indices)}: create it with out_indices={indices}."
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype != wanted.get("dtype", dtype):
