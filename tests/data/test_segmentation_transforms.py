@@ -10,7 +10,7 @@ from vizattn.data.loader import build_loader
 from vizattn.errors import VizattnError
 
 BASE = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
-VARIANTS = [("none", (40, 56)), ("light", (40, 56)), ("ade20k", (40, 56)), ("light", None), ("ade20k", None)]
+VARIANTS = [("none", (40, 56)), ("light", (40, 56)), ("standard", (40, 56)), ("light", None), ("standard", None)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def colours_of(labels):
 
 def test_evaluation_leaves_the_mask_and_sees_what_classification_sees(pair):
     image, mask = pair
-    tensor, labels = build(train=False, augment="ade20k", crop_size=(8, 8))(image, mask)
+    tensor, labels = build(train=False, augment="standard", crop_size=(8, 8))(image, mask)
     assert tensor.dtype == torch.float32 and labels.dtype == torch.int64
     assert np.array_equal(labels, mask)
     torch.testing.assert_close(tensor, colours_of(labels), atol=1e-5, rtol=0)
@@ -68,7 +68,7 @@ def test_training_is_sized_random_and_repeats_with_torchs_seed(pair, augment, cr
         transform_identity(transform)
 
 
-@pytest.mark.parametrize("augment", ["light", "ade20k"])
+@pytest.mark.parametrize("augment", ["light", "standard"])
 def test_image_and_mask_stay_together(pair, augment):
     """Away from the borders of the blocks the colour is that of the label, whatever the scale, crop and flip."""
     transform = build(augment=augment, crop_size=(70, 100))
@@ -105,7 +105,7 @@ def test_small_images_are_padded_with_the_mean_and_ignored():
 
 def test_scales_cover_half_to_double():
     image, mask = Image.new("RGB", (40, 40)), np.zeros((40, 40), np.uint8)
-    transform = build(augment="ade20k", crop_size=(100, 100))
+    transform = build(augment="standard", crop_size=(100, 100))
     sides = [(transform(image, mask)[1][0] != 255).sum().item() for _ in range(100)]
     assert 20 <= min(sides) < 26 and 74 < max(sides) <= 80
 
@@ -124,13 +124,13 @@ def test_crops_avoid_one_class_alone():
         counts = [torch.bincount(crop[crop != 255], minlength=2).float() for crop in crops]
         return np.mean([bool(count.max() >= 0.75 * count.sum()) for count in counts])
 
-    assert share_of_one("none") > 0.7 > 0.45 > share_of_one("ade20k")
+    assert share_of_one("none") > 0.7 > 0.45 > share_of_one("standard")
 
 
 def test_flips_and_colours_are_drawn_independently(pair):
     """With one seed for all steps, as by `Compose.set_random_seed`, a flip would always come with a change of light."""
     image, mask = Image.new("RGB", (64, 64), (120, 90, 60)), np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-    transform = build(augment="ade20k", crop_size=(24, 24))
+    transform = build(augment="standard", crop_size=(24, 24))
     torch.manual_seed(0)
     seen = set()
     for _ in range(120):
@@ -171,7 +171,7 @@ def test_images_of_one_batch_must_have_one_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": "ade"}, "Did you mean 'ade20k'"),
+        ({"augment": "standart"}, "Did you mean 'standard'"),
         ({"crop_size": (0, 3)}, r"crop_size must be \[height, width\]"),
         ({"short_side": 0}, "short_side must be at least 1"),
         ({"change": {"meen": 1}}, "Did you mean 'mean'"),

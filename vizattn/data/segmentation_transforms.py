@@ -20,8 +20,8 @@ from vizattn.errors import VizattnError, unknown
 
 __all__ = ["AUGMENTATIONS", "SegmentationTransform", "build_segmentation_transforms"]
 
-AUGMENTATIONS = ("none", "light", "ade20k")
-_SCALES = {"none": (1.0, 1.0), "light": (0.75, 1.33), "ade20k": (0.5, 2.0)}
+AUGMENTATIONS = ("none", "light", "standard")
+_SCALES = {"none": (1.0, 1.0), "light": (0.75, 1.33), "standard": (0.5, 2.0)}
 _MOST_OF_ONE = 0.75  # share of a crop that one class may fill
 _TRIES = 10
 
@@ -105,7 +105,7 @@ def build_segmentation_transforms(
         preprocessing: As `preprocessing_of` returns it; mean, std and interpolation are used.
         train: Crop, and augment; an evaluation transform ignores `augment` and `crop_size`.
         augment: "none" (only a random crop, if `crop_size` is given), "light" (scale 0.75 to 1.33 and changes of light;
-            no flip) or "ade20k" (customary on ADE20K, Pascal VOC and Cityscapes: scale 0.5 to 2, a crop of which no
+            no flip) or "standard" (customary on ADE20K, Pascal VOC and Cityscapes: scale 0.5 to 2, a crop of which no
             class fills more than three quarters if ten tries find one, horizontal flip, changes of light and colour).
         crop_size: Height and width of what training sees, by default those of the image, which must then be the same
             for all of a batch. Smaller images are padded at the right and at the bottom, with the mean colour and with
@@ -142,13 +142,13 @@ def _augmentation(
             limit = crop_size or _scaled(native, scale)
             scaled = _scaled(native, scale * self.py_random.uniform(*_SCALES[augment]))
             size = min(scaled[0], limit[0]), min(scaled[1], limit[1])
-            for _ in range(_TRIES if augment == "ade20k" else 1):
+            for _ in range(_TRIES if augment == "standard" else 1):
                 top = self.py_random.randint(0, scaled[0] - size[0])
                 left = self.py_random.randint(0, scaled[1] - size[1])
                 rows = _sources(top, size[0], scaled[0], height)
                 columns = _sources(left, size[1], scaled[1], width)
                 labels = data["mask"][rows[:, None], columns]
-                if augment != "ade20k" or _varied(labels):
+                if augment != "standard" or _varied(labels):
                     break
             ratio_y, ratio_x = height / scaled[0], width / scaled[1]
             box = left * ratio_x, top * ratio_y, (left + size[1]) * ratio_x, (top + size[0]) * ratio_y
@@ -164,7 +164,7 @@ def _augmentation(
     steps: list[Any] = [ScaledCrop(p=1.0)]
     if augment == "light":
         steps.append(A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=1.0))
-    if augment == "ade20k":
+    if augment == "standard":
         same = (1.0, 1.0)
         colour = {"brightness": same, "contrast": same, "saturation": same, "hue": (0.0, 0.0), "p": 0.5}
         steps += [
