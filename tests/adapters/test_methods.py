@@ -320,7 +320,9 @@ def test_reset_classifier_while_attached():
 @pytest.mark.parametrize("name", ["resnet18", "xcit_nano_12_p16_224", "swinv2_cr_tiny_224"])
 def test_unknown_architectures_are_refused_with_the_list(name):
     model = timm.create_model(name)
-    with pytest.raises(VizattnError, match=r"Supported: vizattn's backbones.* Any timm model takes: full, linear_probe"):
+    with pytest.raises(
+        VizattnError, match=r"Supported: vizattn's backbones.* Any timm model takes: full, linear_probe"
+    ):
         vizattn.attach(model, "vpt")
     assert vizattn.attach(model, "linear_probe") is model
 
