@@ -14,6 +14,7 @@ __all__ = ["explain_disk_errors", "prepare_folder", "replacing", "write_text"]
 
 _DISK_ERRORS = {
     errno.ENOSPC,
+    errno.EFBIG,
     errno.EDQUOT,
     errno.EROFS,
     errno.EACCES,

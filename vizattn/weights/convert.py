@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,7 +130,9 @@ def save_released(checkpoint: dict[str, Any], path: Path) -> None:
         if path.suffix == ".safetensors":
             save_file(plain(checkpoint), temporary, metadata={"format": "pt"})
         else:
-            torch.save(plain(checkpoint), temporary)
+            buffer = io.BytesIO()  # torch hides why it cannot write to a file
+            torch.save(plain(checkpoint), buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

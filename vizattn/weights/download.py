@@ -174,7 +174,10 @@ class _Download:
             raise _Never("it redirects in a loop") from error
         except requests.Timeout as error:
             raise _Later(f"no answer within {self.patience.timeout:g} s") from error
-        except (requests.RequestException, HTTPError) as error:
+        except requests.exceptions.ProxyError as error:
+            proxy = requests.utils.select_proxy(self.url, requests.utils.get_environ_proxies(self.url))
+            raise _Later(f"the proxy {without_login(proxy or '')} cannot be used ({_last(error)})") from error
+        except (requests.RequestException, HTTPError, ValueError) as error:
             if isinstance(_innermost(error), ssl.SSLCertVerificationError):
                 raise _Never(f"its certificate is not accepted ({_last(error)})") from error
             if isinstance(error, ValueError):  # InvalidURL, MissingSchema and their like

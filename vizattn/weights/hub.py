@@ -12,12 +12,13 @@ __all__ = ["hub_file"]
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
-def hub_file(hub_id: str, filename: str | None = None) -> Path:
+def hub_file(hub_id: str, filename: str | None = None, again: bool = False) -> Path:
     """The weights of a repository, fetched unless the hub's cache has them.
 
     Args:
         hub_id: ``owner/name``, or ``owner/name@revision``.
         filename: By default what timm looks for.
+        again: Do not use what is in the hub's cache.
 
     Raises:
         VizattnError: They cannot be had.
@@ -43,6 +44,7 @@ def hub_file(hub_id: str, filename: str | None = None) -> Path:
                     revision=revision or None,
                     library_name="vizattn",
                     library_version=__version__,
+                    force_download=again and unreached is None,
                     local_files_only=unreached is not None,  # no use waiting for the hub again
                 )
             )

@@ -99,14 +99,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle makes its reader fail in any way
         reason = str(error)
         # Only torch tells it, in a sentence: "Unsupported global: GLOBAL posix.system was not an allowed global ..."
-        refused = re.search(r"(?:GLOBAL|of type|import of|class) ([\w.]+\.[\w.]+)", reason)
+        refused = re.search(r"(?:GLOBAL (?=[\w.])|(?:of type|import of|class) (?=\w+\.))([\w.]+)", reason)
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise VizattnError(
                 f"{path} is refused: it holds an object of {refused[1]}, and reading that could run code of the file. "
                 "Only tensors, plain values and argparse.Namespace are read; if you trust its author, save its weights "
                 "alone by torch in a file of their own."
             ) from error
-        first = next(iter(reason.splitlines()), type(error).__name__).rstrip(".")
+        told = reason.partition("WeightsUnpickler error: ")[2] or reason
+        first = re.split(r"\.\s|\n", f"{told}\n")[0].rstrip(".") or type(error).__name__
         raise VizattnError(f"{path} cannot be read as weights, it is damaged or cut short: {first}.") from error
     if not isinstance(checkpoint, dict):
         raise VizattnError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights.")

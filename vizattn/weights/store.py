@@ -124,7 +124,8 @@ def fetch(release: Release, given: Path | None = None, again: bool = False, pati
         except VizattnError as error:
             if ours and not right.sha256:  # it may be any file; one of a known hash waits for a better vizattn
                 path.unlink()
-            raise VizattnError(f"What came from {source} cannot be used. {error}") from error
+            mend = "" if given or ours else f" Fetch it anew with: vizattn weights fetch {release.key} --again"
+            raise VizattnError(f"What came from {source} cannot be used. {error}{mend}") from error
         save_converted(state, target, name=release.key, source=source, source_size=str(size), source_sha256=sha256)
         record(release.key, source, size, sha256)
         if ours:
@@ -182,7 +183,7 @@ def _obtain(release: Release, right: Trusted, again: bool, patience: Patience | 
     try:
         if release.hub_id:
             logger.info("Fetching the weights %s from the Hugging Face hub, %s.", release.key, release.hub_id)
-            return hub_file(release.hub_id, release.cfg.hf_hub_filename), release.origin
+            return hub_file(release.hub_id, release.cfg.hf_hub_filename, again), release.origin
     except VizattnError as error:
         reasons.append(str(error))
     by_hand = f"vizattn weights fetch {release.key} --from FILE"
