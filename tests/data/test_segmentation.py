@@ -85,7 +85,7 @@ def test_items_are_pictures_with_index_masks(flat):
 
 def test_batches_of_tensors(flat):
     preprocessing = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
-    transform = build_segmentation_transforms(preprocessing, train=True, augment="ade20k", crop_size=(16, 16))
+    transform = build_segmentation_transforms(preprocessing, train=True, augment="standard", crop_size=(16, 16))
     dataset = SegmentationFolder(flat, "train", transform)
     images, masks = next(iter(build_loader(dataset, 4, train=True, num_workers=1)))
     assert images.shape == (4, 3, 16, 16) and masks.shape == (4, 16, 16) and masks.dtype == torch.int64
