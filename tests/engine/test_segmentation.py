@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +236,16 @@ def test_every_recipe_of_segmentation_is_valid_and_says_its_command_and_result()
         config = resolve_config(load_recipe(name))
         assert config["task"] == "segmentation"
         assert math.isfinite(config["optimizer"]["lr"])
+
+
+def test_two_processes_measure_each_image_once(run: Any) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "vizattn", "eval", run.work_dir, "--split", "val", "--json"]
+    command += ["--cfg-options", "data.length=7"]  # an odd number
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["samples"] == 7
+    alone = evaluate(run.work_dir, split="val", overrides={"data.length": 7})
+    assert {key: found[key] for key in alone} == alone
