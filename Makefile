@@ -2,8 +2,7 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-input
-NANO_RUN := work_dirs/pretrain_nano
-NANO_WEIGHTS := vizattn/weights/vit_va_nano_patch4_32.safetensors
+RECIPE ?= glyphs_pretrain
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow timm-suite lint format cards wheel-smoke pretrain clean
@@ -40,9 +39,9 @@ cards: .venv/.installed  ## Write the model cards and the index of the zoo from 
 wheel-smoke: .venv/.installed-test  ## Build the wheel and use it from a fresh environment elsewhere
 	.ci/wheel_smoke.sh $(BIN)/python
 
-pretrain: .venv/.installed  ## Rebuild the weights that ship with vit_va_nano_patch4_32
-	$(BIN)/vizattn train classification/glyphs_pretrain --work-dir $(NANO_RUN) $(ARGS)
-	$(BIN)/python tools/pack_weights.py $(NANO_RUN) $(NANO_WEIGHTS)
+pretrain: .venv/.installed  ## Rebuild the weights that ship with a nano size: RECIPE=glyphs_nat_nano, ... (default: the ViT's)
+	$(BIN)/vizattn train classification/$(RECIPE) --work-dir work_dirs/$(RECIPE) $(ARGS)
+	$(BIN)/python tools/pack_weights.py work_dirs/$(RECIPE)
 
 clean:  ## Remove what the other targets made, but for work_dirs
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,8 +1,10 @@
-"""Round the weights of a training run to half precision, for shipping: `python tools/pack_weights.py RUN TARGET`.
+"""Round the weights of a training run to half precision, for shipping: `python tools/pack_weights.py RUN [TARGET]`.
 
-RUN is a work directory of `vizattn train` without an adapter, or a safetensors file. TARGET is replaced whole.
+RUN is a work directory of `vizattn train` without an adapter, or a safetensors file. TARGET is replaced whole; by default
+it is where the package keeps the weights of the backbone that was trained.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,7 +30,14 @@ def pack(source: Path, target: Path) -> None:
     print(f"{target}: {len(packed)} tensors, {target.stat().st_size / 1e6:.2f} MB")
 
 
+def place_of(run: Path) -> Path:
+    """Where the package keeps the weights of the backbone that `run` trained."""
+    name = json.loads((run / "config.json").read_text())["model"]["name"]
+    return Path(__file__).resolve().parents[1] / "vizattn" / "weights" / f"{name}.safetensors"
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    pack(Path(sys.argv[1]), Path(sys.argv[2]))
+    run = Path(sys.argv[1])
+    pack(run, Path(sys.argv[2]) if len(sys.argv) == 3 else place_of(run))

@@ -1,9 +1,9 @@
 """Pretraining of deit_agent_nano_patch4_32 from nothing, on letters drawn in the fonts of matplotlib and Pillow.
 
 vizattn train classification/glyphs_deit_agent_nano
-Sees 104,000 drawn letters once each, new ones in each epoch.
-Expected: not measured yet. `val` draws the training fonts again; `test` holds out the STIX serif family and Pillow's
-default font. There are no digits in it.
+Sees 104,000 drawn letters once each, new ones in each epoch; took 12 minutes on one busy core.
+Expected: accuracy 96.5 % on `val`, 95.7 % on `test`. `val` draws the training fonts again; `test` holds out the STIX
+serif family and Pillow's default font. There are no digits in it.
 """
 
 task = "classification"

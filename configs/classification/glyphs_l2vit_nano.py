@@ -1,9 +1,9 @@
 """Pretraining of l2vit_nano from nothing, on letters drawn in the fonts of matplotlib and Pillow.
 
 vizattn train classification/glyphs_l2vit_nano
-Sees 104,000 drawn letters once each, new ones in each epoch.
-Expected: not measured yet. `val` draws the training fonts again; `test` holds out the STIX serif family and Pillow's
-default font. There are no digits in it.
+Sees 104,000 drawn letters once each, new ones in each epoch; took 19 minutes on one busy core.
+Expected: accuracy 95.8 % on `val`, 95.7 % on `test`. `val` draws the training fonts again; `test` holds out the STIX
+serif family and Pillow's default font. There are no digits in it.
 """
 
 task = "classification"
