@@ -1,7 +1,7 @@
 """Round the weights of a training run to half precision, for shipping: `python tools/pack_weights.py RUN [TARGET]`.
 
-RUN is a work directory of `vizattn train` without an adapter, or a safetensors file. TARGET is replaced whole; by default
-it is where the package keeps the weights of the backbone that was trained.
+RUN is a work directory of `vizattn train` without an adapter, or a safetensors file. TARGET is replaced whole; it is
+where the package keeps the weights of the backbone that was trained, unless it is given.
 """
 
 import json
