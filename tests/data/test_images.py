@@ -1,6 +1,7 @@
 import itertools
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +119,10 @@ def test_looking_for_damage_leaves_the_warning_filters_alone(tmp_path, monkeypat
     before = list(warnings.filters)
     assert unreadable(paths, whole=True) == {}
     assert warnings.filters == before
+
+
+def test_a_link_to_a_folder_above_is_not_walked_again(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "inner" / "a.png")
+    (tmp_path / "inner" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert find_images(str(tmp_path)) == ["inner/a.png"]

@@ -24,7 +24,13 @@ _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\x3b"}
 def find_images(folder: str) -> list[str]:
     """Paths of the images below `folder`, relative to it with forward slashes, sorted; hidden files are left out."""
     found = []
+    walked: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in walked:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        walked.add(real)
         folders[:] = sorted(name for name in folders if not hidden(name))
         for name in files:
             if not hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
