@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -150,11 +151,14 @@ def _weights(weights: Sequence[Weights]) -> str:
         ]
     if released:
         known = [each.name for each in released if manifest().get(each.name, {}).get("sha256")]
-        checked = f"the SHA-256 of {len(known)} of {len(released)} released files is known to the package"
         notes.append(
-            f"Of released files, `pretrained=True` fetches, checks and converts: {checked}; of the others the first "
-            "fetch is trusted and recorded in a lock file (`vizattn weights --help`)."
+            f"`pretrained=True` fetches released files, checks and converts them. The package knows the SHA-256 of "
+            f"{len(known)} of {len(released)}; any other is trusted when first fetched, and recorded in a lock file "
+            "(`vizattn weights --help`)."
         )
+    if packaged := [each for each in weights if each.source == "packaged"]:
+        sizes = ", ".join(f"`{each.name}` {Path(each.cfg.file).stat().st_size / 1e6:.2f} MB" for each in packaged)
+        notes.append(f"In the package, rounded to half precision and cast to float32 when loaded: {sizes}.")
     if any(each.source == "none" for each in weights):
         notes.append("Where the source is none there are no weights; a paper's figures are shown for comparison.")
     return "\n\n".join([markdown_table(rows, ["classes", "published top-1", "after ImageNet-21k"]), *notes])

@@ -74,9 +74,13 @@ def index_html(zoo: Sequence[Backbone]) -> str:
         shown = html.escape(text or "-")
         if key == "family":
             shown = f'<a href="{shown}.md">{shown}</a>'
-        return f'<td class="number">{shown}</td>' if key in NUMBERS else f"<td>{shown}</td>"
+        return f"<td{number if key in NUMBERS else ''}>{shown}</td>"
 
-    head = "".join(f'<th><button type="button">{html.escape(key)}</button></th>' for key in rows[0])
+    number = ' class="number"'
+    head = "".join(
+        f'<th{number if key in NUMBERS else ""}><button type="button">{html.escape(key)}</button></th>'
+        for key in rows[0]
+    )
     body = "\n".join(f"<tr>{''.join(cell(key, text) for key, text in row.items())}</tr>" for row in rows)
     return f"""<!doctype html>
 <!-- {CHANGE} -->
@@ -110,8 +114,9 @@ heads.forEach((head, i) => head.firstChild.addEventListener("click", () => {{
   heads.forEach(other => other.ariaSort = null);
   head.ariaSort = down ? "descending" : "ascending";
   const missing = row => value(row, i) === "-";
-  [...body.rows].sort((a, b) => missing(a) - missing(b) ||
-    (down ? -1 : 1) * value(a, i).localeCompare(value(b, i), "en", {{numeric: true}})
+  const order = (a, b) => head.className ? a - b : a.localeCompare(b, "en", {{numeric: true}});
+  [...body.rows].sort((a, b) =>
+    missing(a) - missing(b) || (down ? -1 : 1) * order(value(a, i), value(b, i))
   ).forEach(row => body.append(row));
 }}));
 document.querySelector("#filter").addEventListener("input", event => {{

@@ -68,8 +68,8 @@ def card(subject: Subject, repo: str) -> str:
         f"## Classes\n\n{_classes(subject)}",
         f"## Preprocessing\n\n{_table(subject.preprocessing)}",
         f"## Training\n\n{_training(subject)}",
-        "## Limits\n\nThe answer is one of the classes above, whatever an image shows; on images unlike those it was "
-        "trained on it may be wrong.",
+        f"## Limits\n\n{'Each pixel' if subject.segmenter else 'Each image'} gets one of these classes, whatever it "
+        "shows; on images unlike those of the training it may be wrong.",
         f"## Licence\n\n{_licence(subject)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -125,23 +125,22 @@ def _introduction(subject: Subject) -> str:
 
 
 def _usage(subject: Subject, repo: str) -> str:
+    by_hand = f"Or: `hf download {repo} --local-dir FOLDER`, then `vizattn predict IMAGES --bundle FOLDER`."
     if subject.adapters or subject.segmenter:
-        load = (
-            "from vizattn.engine import load_trained\n\ntrained = load_trained(folder)\nmodel = trained.model  # and "
-            "trained.class_names, trained.preprocessing"
-            if subject.class_names
-            else "from vizattn.adapters import create_from_bundle\n\nmodel = create_from_bundle(folder)"
-        )
+        module, load = "vizattn.adapters", "create_from_bundle"
+        line = "model = create_from_bundle(folder)"
+        if subject.class_names:
+            module, load = "vizattn.engine", "load_trained"
+            line = "trained = load_trained(folder)\nmodel = trained.model  # and its class_names, preprocessing"
         return (
-            "```python\nfrom huggingface_hub import snapshot_download\n\n"
-            f'folder = snapshot_download("{repo}")\n\n{load}\n```\n\n'
-            f"Or: `hf download {repo} --local-dir FOLDER`, then `vizattn predict IMAGES --bundle FOLDER`."
+            f"```python\nfrom huggingface_hub import snapshot_download\nfrom {module} import {load}\n\n"
+            f'folder = snapshot_download("{repo}")\n{line}\n```\n\n{by_hand}'
         )
     return (
         "```python\nimport timm\nimport vizattn  # registers its backbones\n\n"
         f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```\n\n"
-        f"Or: `hf download {repo} --local-dir FOLDER`, then `vizattn predict IMAGES --bundle FOLDER`."
+        f"{by_hand}"
     )
 
 
