@@ -325,6 +325,7 @@ def _cfg(file_id: str) -> dict[str, Any]:
         license="none stated",
         paper_ids="arXiv:2312.08874",
         origin_url="https://github.com/LeapLabTHU/Agent-Attention",
+        crop_pct=0.875,
     )
 
 

@@ -385,6 +385,7 @@ def _cfg(share: str, **kwargs: Any) -> dict[str, Any]:
         license="mit",
         paper_ids="arXiv:2303.08810",
         origin_url="https://github.com/rayleizhu/BiFormer",
+        crop_pct=0.875,
         **{"first_conv": "stem.0.conv", "classifier": "head.fc", **kwargs},
     )
 

@@ -346,7 +346,7 @@ def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
         origin_url="https://github.com/ChuanyangZheng/L2ViT",
         first_conv="stem.0.conv",
         classifier="head.fc",
-        **kwargs,
+        **{"crop_pct": 0.875, **kwargs},
     )
 
 

@@ -367,7 +367,8 @@ RELEASES = "https://shi-labs.com/projects"
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return imagenet_cfg(
-        **{"first_conv": "patch_embed.proj.0", "classifier": "head.fc", "license": "mit", "crop_pct": 0.875, **kwargs}
+        origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        **{"first_conv": "patch_embed.proj.0", "classifier": "head.fc", "license": "mit", "crop_pct": 0.875, **kwargs},
     )
 
 
