@@ -5,7 +5,7 @@ Stochastic depth, which each recipe sets, is a choice made here.
 """
 
 task = "segmentation"
-head = dict(name="upernet", channels=512, auxiliary=True)
+head = dict(name="upernet", dim=512, auxiliary=True)
 data = dict(
     name="segmentation_folder",
     root="data/ADEChallengeData2016",
