@@ -26,6 +26,8 @@ class Family:
     """Image sizes to try: native, divisible, odd, very oblong."""
     dynamic_size: bool = False
     """Whether `torch.export` can leave height and width open."""
+    dynamic_onnx: bool = False
+    """Whether ONNX can, too."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -34,7 +36,7 @@ FAMILIES: dict[str, Family] = {
         {"img_size": 32, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 4)}
         | {"num_agents": (4, 9), "split_size": 2},
     ),
-    "agent_deit": Family("deit_agent_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4)),
+    "agent_deit": Family("deit_agent_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4), dynamic_size=True),
     "agent_pvt": Family(
         "agent_pvt_tiny",
         {"img_size": 32, "patch_size": 2, "embed_dims": (16, 32, 48), "depths": (1, 2, 1)}
@@ -52,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "halonet": Family("halonet_va_nano", {"depths": (1, 2, 1)}, strides=(2, 4, 8)),
     "l2vit": Family("l2vit_nano", {"depths": (2, 1, 2)}, strides=(2, 4, 8)),
     "nat": Family("nat_nano", {"depths": (1, 2, 1), "dilations": 2}, strides=(2, 4, 8)),
-    "vit": Family("vit_va_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4), dynamic_size=False),
+    "vit": Family("vit_va_nano_patch4_32", {"depth": 3}, strides=(4, 4, 4), dynamic_size=True, dynamic_onnx=True),
 }
 
 

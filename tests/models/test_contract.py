@@ -134,23 +134,23 @@ def test_scripts(family: str) -> None:
     torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def dynamic_shapes(family: str) -> Any:
+def dynamic_shapes(size_too: bool) -> Any:
     from torch.export import Dim
 
-    size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if FAMILIES[family].dynamic_size else {}
+    size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if size_too else {}
     return ({0: Dim("batch", min=1, max=64), **size},)
 
 
 @every_family
-def test_torch_export_with_a_free_batch(family: str) -> None:
+def test_torch_export_with_a_free_batch_and_size(family: str) -> None:
     row = FAMILIES[family]
     model = create(family)
-    program = torch.export.export(model, (images(row.sizes[0]),), dynamic_shapes=dynamic_shapes(family))
+    program = torch.export.export(model, (images(row.sizes[0]),), dynamic_shapes=dynamic_shapes(row.dynamic_size))
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     restored = torch.export.load(file).module()
-    for batch, size in ((1, row.sizes[0]), (5, row.sizes[1] if row.dynamic_size else row.sizes[0])):
+    for batch, size in ((1, row.sizes[0]), (5, row.sizes[2] if row.dynamic_size else row.sizes[0])):
         x = images(size, batch=batch)
         torch.testing.assert_close(restored(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -167,13 +167,13 @@ def test_onnx_runs_elsewhere(family: str, tmp_path: Path) -> None:
         (images(row.sizes[0]),),
         file,
         input_names=["image"],
-        dynamic_shapes=dynamic_shapes(family),
+        dynamic_shapes=dynamic_shapes(row.dynamic_onnx),
         dynamo=True,
         verbose=False,
     )
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        x = images(row.sizes[0], batch=batch)
+    for batch, size in ((1, row.sizes[0]), (3, row.sizes[2] if row.dynamic_onnx else row.sizes[0])):
+        x = images(size, batch=batch)
         (logits,) = session.run(None, {"image": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-3, atol=1e-4)
 
