@@ -84,6 +84,8 @@ def _pictures(looked: Sequence[tuple[float, int, np.ndarray]], dataset: Any, pal
         parts = [image, overlay(image, labels, palette), overlay(image, mask, palette)]
         picture = Image.fromarray(np.concatenate([*map(np.asarray, parts)], axis=1))
         picture.thumbnail((1200, 400))
+        enlarged = max(1, 160 // picture.height)
+        picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST)
         pictures.append(image_html(picture, f"image {place}: mIoU {iou:.2%}"))
     return pictures
 
