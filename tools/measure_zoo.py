@@ -3,6 +3,7 @@
 python tools/measure_zoo.py cost [NAME ...]       parameters and multiply-adds of one image of the native size
 python tools/measure_zoo.py accuracy [NAME ...]   of the weights in the package, on the splits of their recipe's data
 python tools/measure_zoo.py speed [NAME ...]      images a second in units of resnet50's, on a machine that is idle
+python tools/measure_zoo.py run WORK_DIR ...      test results of training runs, each by a recipe of the package
 
 Without names all are measured for which there is no such row yet; with names, those.
 """
@@ -10,8 +11,10 @@ Without names all are measured for which there is no such row yet; with names, t
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import backbone_speed
@@ -21,7 +24,7 @@ from timm.models import get_pretrained_cfg
 
 import vizattn  # noqa: F401  (registers the backbones)
 from vizattn.cli.backbones import build_empty, gmacs, our_names, parameters, weights_source
-from vizattn.errors import unknown
+from vizattn.errors import VizattnError, unknown
 
 FIRST = {"cost": "gmacs", "accuracy": "glyphs accuracy val", "speed": "throughput ratio to resnet50"}
 """The metric by which a mode knows what has been measured."""
@@ -75,10 +78,37 @@ def speed(name: str, options: argparse.Namespace) -> Iterator[Result]:
     yield measured(name, FIRST["speed"], round(1 / statistics.median(ratios), 4), "x", command)
 
 
+def run(folder: Path) -> Iterator[Result]:
+    """The test result of a finished run, as the recipe that gives it again.
+
+    Raises:
+        VizattnError: No results there, or no packaged recipe with this configuration.
+    """
+    from vizattn.engine import load_recipe
+    from vizattn.engine.config import resolve_config
+    from vizattn.engine.kinds import kind_of
+    from vizattn.engine.recipes import list_recipes
+
+    if not (folder / "results.json").is_file():
+        raise VizattnError(f"There is no finished run in {folder}: results.json is missing.")
+    results = json.loads((folder / "results.json").read_text())
+    config = results["config"]
+    recipe = next((name for name in list_recipes() if resolve_config(load_recipe(name)) == config), None)
+    if recipe is None:
+        raise VizattnError(f"No packaged recipe has the configuration of {folder}.")
+    name, kind = config["model"]["name"], kind_of(config)
+    how = [config["adapter"]["method"]] if config["adapter"] else ["all of it trained"]
+    how = [config["head"]["name"], *how] if "head" in config else how
+    tag = f".{get_pretrained_cfg(name).tag}" if config["model"]["pretrained"] else ""  # type: ignore[union-attr]
+    metric = f"{config['data']['name']} {kind.title} test ({', '.join(how)})"
+    value = round(100 * results["metrics"]["test"][kind.best], 3)
+    yield measured(f"{name}{tag}", metric, value, "%", f"vizattn train {recipe}")
+
+
 def main() -> None:
     """Measure, and write after each backbone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=FIRST)
+    parser.add_argument("mode", choices=[*FIRST, "run"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     for option, default in (("batch", 2), ("rounds", 5), ("threads", 2)):
         parser.add_argument(f"--{option}", type=int, default=default, help=f"speed: default {default}")
@@ -86,6 +116,10 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true", help="speed: images channels last in memory")
     options = parser.parse_intermixed_args()
     options.train = False
+    if options.mode == "run":
+        for folder in options.names:
+            report(list(run(Path(folder))))
+        return
     known = our_names()
     for name in options.names:
         if name not in known:
@@ -95,10 +129,14 @@ def main() -> None:
     if options.mode == "accuracy":
         names = [name for name in names if weights_source(get_pretrained_cfg(name)) == "packaged"]
     for name in names:
-        rows = list({"cost": cost, "accuracy": accuracy, "speed": speed}[options.mode](name, options))
-        append_results(rows)
-        for row in rows:
-            print(f"{row.name:40s} {row.metric:30s} {row.value:16,.4f} {row.unit}", flush=True)
+        report(list({"cost": cost, "accuracy": accuracy, "speed": speed}[options.mode](name, options)))
+
+
+def report(rows: list[Result]) -> None:
+    """Write the rows, and print them."""
+    append_results(rows)
+    for row in rows:
+        print(f"{row.name:40s} {row.metric:30s} {row.value:16,.4f} {row.unit}", flush=True)
 
 
 if __name__ == "__main__":

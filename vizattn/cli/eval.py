@@ -101,7 +101,10 @@ def _find(args: argparse.Namespace) -> Path:
         return path
     if args.bundle:
         raise VizattnError(f"There is no bundle {path}: no such folder.")
-    run = Path("work_dirs") / recipe_name(find_recipe(path))
+    try:
+        run = Path("work_dirs") / recipe_name(find_recipe(path))
+    except VizattnError as error:
+        raise VizattnError(f"There is no folder {path}, and no recipe: {error}") from None
     if not run.is_dir():
         raise VizattnError(f"{path} has not been trained yet: there is no {run}. See: vizattn train --help")
     return run
