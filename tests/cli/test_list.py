@@ -126,3 +126,13 @@ def test_adapters(capsys: Capture) -> None:
 def test_unknown_adapter(capsys: Capture) -> None:
     assert main(["list", "--adapters", "vtp"]) == 2
     assert "Did you mean 'vpt'" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_with_what_they_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--recipes", "digits_vpt", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["recipe"] == "classification/digits_vpt" and "prompts" in row["what"].lower()
+    assert main(["list", "--recipes", "--sort", "params"]) == 2
+    assert "--sort does not go with --recipes" in capsys.readouterr().err
+    assert main(["train", "digits_vtp"]) == 2
+    assert "vizattn list --recipes" in capsys.readouterr().err

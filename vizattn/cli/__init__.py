@@ -19,11 +19,11 @@ __all__ = ["COMMANDS", "main"]
 # One module of this package each, with `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
     "demo": "adapt a pretrained backbone to handwritten digits by six methods",
-    "list": "list the backbones, or the adapters",
+    "list": "list the backbones, the adapters, or the recipes",
     "info": "show one backbone or one adapter",
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
-    "predict": "classify images",
+    "predict": "classify images, or segment them",
     "publish": "put a bundle or a trained model on the Hugging Face hub",
     "data": "check a folder of images and masks",
     "weights": "list, fetch, verify and convert released weights",

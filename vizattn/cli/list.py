@@ -1,4 +1,4 @@
-"""List the backbones, or the adapters."""
+"""List the backbones, the adapters, or the recipes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vizattn list`."""
     parser.add_argument("pattern", nargs="?", help="only names that contain this, or match it as in '*tiny*'")
     parser.add_argument("--adapters", action="store_true", help="list the adapters instead of the backbones")
+    parser.add_argument("--recipes", action="store_true", help="list the recipes that `vizattn train` knows by name")
     parser.add_argument("--timm", action="store_true", help="with timm's own backbones, to which adapters attach too")
     parser.add_argument("--family", help="only this family, such as nat or vit; with --timm also a module of timm's")
     parser.add_argument(
@@ -34,11 +35,18 @@ def run(args: argparse.Namespace) -> int:
 
     from .text import columns
 
+    rows: list[dict[str, Any]]
     if args.adapters:
         from .methods import method_summary
 
         _refuse_with(args, "adapters", "timm", "family", "weights", "max_params", "max_gmacs", "sort")
         rows = [method_summary(name) for name in matching("adapter", args.pattern, vizattn.list_adapters())]
+    elif args.recipes:
+        from vizattn.engine.recipes import list_recipes, recipe_title
+
+        _refuse_with(args, "recipes", "timm", "family", "weights", "max_params", "max_gmacs", "sort")
+        names = matching("recipe", args.pattern, list_recipes())
+        rows = [{"recipe": name, "what": recipe_title(name)} for name in names]
     else:
         if args.timm:
             _refuse_with(args, "timm", "max_params", "max_gmacs")  # nobody counted those
@@ -103,6 +111,6 @@ def matching(kind: str, pattern: str | None, names: Iterable[str]) -> list[str]:
     found = fnmatch.filter(names, glob.lower())
     if not found:
         names += {part for name in names for part in name.split("_") if len(part) > 2}  # "tniy" is close to "tiny"
-        how = {"adapter": "vizattn list --adapters", "weights": "vizattn weights list"}.get(kind, "vizattn list --timm")
-        raise unknown(kind, pattern, names, how)
+        how = {"adapter": "list --adapters", "recipe": "list --recipes", "weights": "weights list"}
+        raise unknown(kind, pattern, names, f"vizattn {how.get(kind, 'list --timm')}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["find_recipe", "list_recipes", "load_recipe", "recipe_name"]
+__all__ = ["find_recipe", "list_recipes", "load_recipe", "recipe_name", "recipe_title"]
 
 
 def _packaged() -> Path:
@@ -44,13 +45,20 @@ def find_recipe(name: str | Path) -> Path:
     if matches:
         raise VizattnError(f"Several recipes are called {wanted!r}: {', '.join(matches)}. Give the whole name.")
     if path.suffix in (".py", ".json"):
-        raise VizattnError(f"There is no recipe file {path}. Packaged recipes: {', '.join(names)}.")
-    raise unknown("recipe", name, names)
+        raise VizattnError(f"There is no recipe file {path}. List the packaged recipes with: vizattn list --recipes")
+    raise unknown("recipe", name, names, "vizattn list --recipes")
 
 
 def recipe_name(name: str | Path) -> str:
     """A short name for the default work directory: the file's name without its ending."""
     return Path(name).stem
+
+
+def recipe_title(name: str | Path) -> str:
+    """The first line of a recipe's docstring; nothing for recipes without one."""
+    path = find_recipe(name)
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.suffix == ".py" else None
+    return (text or "").partition("\n")[0]
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
