@@ -160,8 +160,8 @@ def test_train_from_a_file(other: Path, capsys: Capture) -> None:
 
     from vizattn.cli import train
     from vizattn.engine import load_recipe
-    from vizattn.engine.models import build_model
     from vizattn.engine.config import apply_overrides, resolve_config
+    from vizattn.engine.models import build_model
 
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
