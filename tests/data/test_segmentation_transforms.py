@@ -153,7 +153,16 @@ def test_no_augmentation_without_crop_equals_evaluation(pair):
     assert all(torch.equal(a, b) for a, b in zip(train(*pair), evaluate(*pair)))
     assert transform_identity(train) == transform_identity(evaluate)
     changes = [{"change": {"mean": [0.5] * 3}}, {"change": {"interpolation": "bicubic"}}, {"short_side": 32}]
-    assert len({transform_identity(build(**change)) for change in [{}, *changes]}) == 4
+    assert len({transform_identity(build(train=False, **change)) for change in [{}, *changes]}) == 4
+
+
+def test_training_resizes_the_mask_with_the_image(pair):
+    """Also where nothing else is asked for: the loss compares both pixel by pixel."""
+    image, mask = pair
+    resized, labels = build(short_side=45)(image, mask)
+    assert resized.shape[1:] == labels.shape == (45, 60)
+    assert torch.equal(resized, build(train=False, short_side=45).prepare(image))
+    assert np.array_equal(labels, mask[1::2, 1::2])
 
 
 def test_prepare_gives_the_image_alone(pair):

@@ -51,7 +51,7 @@ class SegmentationTransform:
         self.augment = augment
         self.crop_size = crop_size
         self.short_side = short_side
-        self.deterministic = not train or (augment == "none" and crop_size is None)
+        self.deterministic = not train or (augment == "none" and crop_size is None and short_side is None)
         used = None if self.deterministic else (augment, crop_size)
         described = (sorted(self.preprocessing.items()), short_side, used)
         self.identity = hashlib.sha256(repr(described).encode()).hexdigest()
