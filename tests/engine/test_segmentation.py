@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.runner.priority import get_priority
 from PIL import Image
 
 from vizattn import VizattnError
 from vizattn.adapters import make_options
 from vizattn.cli import main
-from vizattn.engine import evaluate, load_recipe, load_trained, train
+from vizattn.engine import as_published, evaluate, load_recipe, load_trained, train
 from vizattn.engine.config import apply_overrides, resolve_config
+from vizattn.engine.ema import EmaHook
+from vizattn.engine.pictures import OverlayHook
 from vizattn.engine.recipes import list_recipes
 from vizattn.engine.segmentation import SegmentationMetric, confusion, dice_loss, inference_options, iou_of
 from vizattn.heads import build
@@ -197,6 +200,35 @@ def test_predict_writes_masks_that_the_metric_agrees_with(run: Any, tmp_path: Pa
         counts += confusion(predicted, torch.from_numpy(dataset[i][1]), len(counts))
     assert iou_of(counts.double())[0].nanmean().item() == pytest.approx(run.metrics["test"]["miou"], abs=1e-12)
     assert (tmp_path / "masks" / "legend.png").is_file()
+
+
+def test_predict_never_writes_two_pictures_to_one_file(run: Any, tmp_path: Path) -> None:
+    names = ["legend.png", "cat.png", "cat_overlay.png", "cat_overlay_2.png"]
+    given = tmp_path / "given"
+    given.mkdir()
+    for shade, name in enumerate(names):
+        Image.new("RGB", (8, 8), (shade,) * 3).save(given / name)
+    arguments = ["predict", str(given), "--bundle", run.work_dir, "--masks"]
+    assert main([*arguments, str(tmp_path / "masks"), "--output", str(tmp_path / "found.txt")]) == 0
+    assert len(list((tmp_path / "masks").iterdir())) == 2 * len(names) + 1
+    assert main([*arguments, str(given)]) != 0
+    assert sorted(path.name for path in given.iterdir()) == sorted(names)
+    assert all(Image.open(given / name).getpixel((0, 0)) == (shade,) * 3 for shade, name in enumerate(names))
+
+
+def test_a_checkpoint_and_the_export_give_the_same_colours(run: Any) -> None:
+    best = load_trained(Path(run.work_dir) / "checkpoints" / "best.pth")
+    assert best.palette is not None
+    assert [list(colour) for colour in best.palette] == load_trained(run.work_dir).palette
+
+
+def test_sample_pictures_show_the_averaged_weights_that_were_measured() -> None:
+    assert get_priority(OverlayHook.priority) < get_priority(EmaHook.priority)
+
+
+def test_no_backbone_is_published_with_a_segmentation_head() -> None:
+    with pytest.raises(VizattnError, match="heads for classification; the recipe's task is segmentation"):
+        as_published(recipe())
 
 
 def test_eval_prints_the_iou_of_each_class(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.errors import VizattnError
     from vizattn.heads import Segmenter
 
-    from .predict_masks import predict_masks, unique_names
+    from .predict_masks import predict_masks, refuse_overwriting, unique_names
 
     paths = expand(args.images)
     trained = load_trained(args.bundle, args.weights)
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     if isinstance(model, Segmenter):
         each = (batch[0] for batch in _with_progress(paths, 1))
-        results += predict_masks(trained, zip(each, unique_names(paths)), args.masks or Path("predictions"), args.top_k)
+        names, folder = unique_names(paths), args.masks or Path("predictions")
+        refuse_overwriting(paths, names, folder)
+        results += predict_masks(trained, zip(each, names), folder, args.top_k)
     elif args.masks:
         raise VizattnError(f"--masks is for models that segment images; {args.bundle} classifies them.")
     else:

@@ -228,10 +228,14 @@ def as_published(
         split: A split that the data has.
 
     Raises:
-        VizattnError: Its weights cannot be had, or their head has not the classes of the recipe's data.
+        VizattnError: Its weights cannot be had, or their head has not the task or the classes of the recipe.
     """
     chosen = {**(overrides or {}), "adapter": None, **weights_options(weights)}
     config = resolve_config(apply_overrides(recipe, chosen))
+    if config["task"] != "classification":
+        raise VizattnError(
+            f"Backbones are published with heads for classification; the recipe's task is {config['task']}."
+        )
     class_names = build_data(config["data"], [split]).class_names
     model = kind_of(config).build_model(config, len(class_names)).eval()
     published = model.pretrained_cfg["num_classes"]  # type: ignore[index]

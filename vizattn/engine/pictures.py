@@ -94,6 +94,8 @@ class OverlayHook(Hook):
         count: How many images, spread evenly.
     """
 
+    priority = "ABOVE_NORMAL"  # before averaged weights, which were measured, are taken out again
+
     def __init__(self, dataset: Any, palette: Palette, count: int = 4) -> None:
         self.dataset = dataset
         self.palette = palette

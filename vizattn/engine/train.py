@@ -189,6 +189,7 @@ class _Run:
             "class_names": class_names,
             "data": _describe(data),
             "preprocessing": preprocessing,
+            "palette": getattr(data.splits["train"], "palette", None),
             "versions": versions(),
             "fingerprint": self._fingerprint(model),
             "world_size": self.world,
@@ -219,7 +220,7 @@ class _Run:
             model=model,
         )
         if self.rank == 0:
-            palette = getattr(data.splits["train"], "palette", None)
+            palette = header["palette"]
             export(model, Path(result.exported), config, class_names, preprocessing, metrics, palette)
             if self.kind.report and metrics:
                 split = [*metrics][-1]
