@@ -22,6 +22,7 @@ from vizattn.cli import main
 from vizattn.engine import as_published, evaluate, load_recipe, load_trained, train
 from vizattn.engine.config import apply_overrides, resolve_config
 from vizattn.engine.ema import EmaHook
+from vizattn.engine.models import build_segmenter
 from vizattn.engine.pictures import OverlayHook
 from vizattn.engine.recipes import list_recipes
 from vizattn.engine.segmentation import SegmentationMetric, confusion, dice_loss, inference_options, iou_of
@@ -251,6 +252,13 @@ def test_eval_prints_the_iou_of_each_class(run: Any, capsys: pytest.CaptureFixtu
 def test_options_belong_to_their_task(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(VizattnError, match=message):
         resolve_config(recipe(**changes))
+
+
+@pytest.mark.parametrize("option", [{"num_classes": 3}, {"dim": "wide"}])
+def test_senseless_options_of_a_head_are_mistakes(option: dict[str, Any]) -> None:
+    config = resolve_config(recipe(head={"name": "upernet", **option}))
+    with pytest.raises(VizattnError, match=f"Cannot make the head 'upernet' with .*{next(iter(option))}"):
+        build_segmenter(config, 8)
 
 
 def test_windows_are_those_of_training_unless_told() -> None:

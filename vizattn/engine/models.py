@@ -38,7 +38,13 @@ def build_segmenter(config: Mapping[str, Any], num_classes: int) -> nn.Module:
 
     backbone = _attach(_create(config, features_only=True), config)
     options = dict(config["head"])
-    return Segmenter(backbone, num_classes, head=options.pop("name"), **options)
+    name = options.pop("name")
+    try:
+        return Segmenter(backbone, num_classes, head=name, **options)
+    except VizattnError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise VizattnError(f"Cannot make the head {name!r} with {options}: {error}") from error
 
 
 def _adapters_of(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
