@@ -97,7 +97,8 @@ def run(folder: Path) -> Iterator[Result]:
     if recipe is None:
         raise VizattnError(f"No packaged recipe has the configuration of {folder}.")
     name, kind = config["model"]["name"], kind_of(config)
-    how = [config["adapter"]["method"]] if config["adapter"] else ["all of it trained"]
+    adapters = config["adapter"] if isinstance(config["adapter"], list) else [config["adapter"]]
+    how = [adapter["method"] for adapter in adapters if adapter] or ["all of it trained"]
     how = [config["head"]["name"], *how] if "head" in config else how
     tag = f".{get_pretrained_cfg(name).tag}" if config["model"]["pretrained"] else ""  # type: ignore[union-attr]
     metric = f"{config['data']['name']} {kind.title} test ({', '.join(how)})"

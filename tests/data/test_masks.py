@@ -1,3 +1,7 @@
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,3 +90,18 @@ def test_palettes_of_files(tmp_path):
     assert palette_of(saved(tmp_path, image), 21) == voc_palette(21)
     image.putpalette([value for value in range(256) for _ in range(3)])
     assert palette_of(saved(tmp_path, image), 3) is None  # grey on grey shows nothing
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_greyscale_of_few_bits_keeps_its_labels(bits: int, tmp_path: Path) -> None:
+    labels = np.arange(2**bits, dtype=np.uint8)[None].repeat(3, 0)
+    path = tmp_path / "mask.png"
+    rows = b"".join(b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes() for row in labels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", labels.shape[1], labels.shape[0], bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    assert np.array_equal(read_mask(path), labels)

@@ -48,7 +48,7 @@ def voc_palette(count: int = 256) -> list[tuple[int, int, int]]:
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """The label numbers in a file, (H, W), as uint8 or int32.
 
-    Palette images give their indices, greyscale images of 1, 8 or 16 bits their values, and colour images the index of
+    Palette images give their indices, greyscale images their values, and colour images the index of
     each colour in Pascal VOC's palette, or their grey values if they are grey.
 
     Raises:
@@ -60,8 +60,10 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
             with Image.open(path) as image:
                 if image.format == "JPEG":
                     raise OSError("a JPEG file cannot hold labels, as it changes their values; save masks as PNG")
+                # Pillow spreads the values of 2 and 4 bits over 0 to 255.
+                spread = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args) if image.tile else "", 1)
                 image.load()
-                return _labels(image)
+                return _labels(image) // spread
     except OSError:
         raise
     except Exception as error:  # decoders raise all kinds

@@ -161,7 +161,11 @@ def _load_bundle(folder: Path, weights: str | Path | None) -> Trained:
     model = create_from_bundle(folder, weights).float()  # as images are; of a model in half precision the same values
     metadata = bundle.get("metadata") or {}
     return Trained(
-        model, bundle["class_names"], bundle["preprocessing"], metadata.get("config"), metadata.get("palette")
+        model,
+        bundle["class_names"],
+        bundle["preprocessing"],
+        metadata.get("config"),
+        _palette(metadata.get("palette"), bundle["class_names"], folder),
     )
 
 
@@ -194,7 +198,23 @@ def _load_model(folder: Path) -> Trained:
             raise
         raise VizattnError(f"Cannot load the model in {folder}: {type(error).__name__}: {error}") from error
     load_model_state(model, state, folder)
-    return Trained(model.eval(), class_names, preprocessing, config, note.get("palette"))
+    return Trained(model.eval(), class_names, preprocessing, config, _palette(note.get("palette"), class_names, folder))
+
+
+def _palette(value: Any, class_names: list[str], where: Path) -> list[list[int]] | None:
+    """The colours that came with a model, checked.
+
+    Raises:
+        VizattnError: They are no colours, or not as many as there are classes.
+    """
+    if value is None:
+        return None
+    colours = [list(colour) if isinstance(colour, list | tuple) else [] for colour in value]
+    if len(colours) != len(class_names) or not all(
+        len(colour) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in colour) for colour in colours
+    ):
+        raise VizattnError(f"{where} is damaged: its palette must be a colour [red, green, blue] for each class.")
+    return colours
 
 
 def _load_checkpoint(path: Path) -> Trained:
@@ -210,7 +230,13 @@ def _load_checkpoint(path: Path) -> Trained:
         raise VizattnError(
             f"{path} was trained on other frozen weights of {config['model']['name']} than are here now."
         )
-    return Trained(model.eval(), state["class_names"], state["preprocessing"], config, state.get("palette"))
+    return Trained(
+        model.eval(),
+        state["class_names"],
+        state["preprocessing"],
+        config,
+        _palette(state.get("palette"), state["class_names"], path),
+    )
 
 
 def as_published(
@@ -267,7 +293,8 @@ def evaluate(
         VizattnError: No such model or split, or data with other classes than the head's.
     """
     trained = trained if isinstance(trained, Trained) else load_trained(trained)
-    recipe = trained.config or {"model": {"name": "none"}}
+    task = "segmentation" if isinstance(trained.model, Segmenter) else "classification"
+    recipe = trained.config or {"task": task, "model": {"name": "none"}}
     config = resolve_config(apply_overrides(recipe, overrides or {}))
     data = build_data(config["data"], [split])
     set_transforms(data, trained.preprocessing, config)

@@ -91,11 +91,11 @@ def dice_loss(logits: Tensor, labels: Tensor, eps: float = 1.0) -> Tensor:
 
     Sums run over the batch, so that a class that is rare in one image counts where it is seen; ignored pixels do not.
     """
-    counted = (labels != IGNORE_INDEX)[:, None]
-    target = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, 0), logits.shape[1]).movedim(-1, 1) * counted
-    probabilities = logits.softmax(dim=1) * counted
-    overlap = (probabilities * target).sum(dim=(0, 2, 3))
-    total = probabilities.sum(dim=(0, 2, 3)) + target.sum(dim=(0, 2, 3))
+    counted = labels != IGNORE_INDEX
+    probabilities = logits.softmax(dim=1) * counted[:, None]
+    of_label = probabilities.gather(1, labels.masked_fill(~counted, 0)[:, None])[:, 0]
+    overlap = logits.new_zeros(logits.shape[1]).index_add(0, labels[counted], of_label[counted])
+    total = probabilities.sum(dim=(0, 2, 3)) + labels[counted].bincount(minlength=logits.shape[1])
     return 1 - ((2 * overlap + eps) / (total + eps)).mean()
 
 

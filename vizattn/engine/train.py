@@ -222,12 +222,12 @@ class _Run:
         if self.rank == 0:
             palette = header["palette"]
             export(model, Path(result.exported), config, class_names, preprocessing, metrics, palette)
+            summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
+            write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
             if self.kind.report and metrics:
                 split = [*metrics][-1]
                 task = self.kind.build_task(model, config, len(class_names), "images").eval()
                 self.kind.report(self.work_dir / "report.html", result, task, split, data.splits[split], palette)
-            summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
-            write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
         return result
 
     def _make_room(self) -> None:
