@@ -1,7 +1,7 @@
 """SemanticFPN on nat_nano, pretrained on letters, all of it trained on drawn scenes.
 
 vizattn train segmentation/scenes_nat_nano
-Expected: not measured yet.
+Expected: mIoU 42.3 % on `val`, 43.1 % on `test`, whose letters are of other fonts.
 """
 
 _base_ = ["_scenes.py"]
