@@ -321,3 +321,12 @@ def test_backbone_that_cannot_be_created(bundle):
     edit(bundle, backbone={**config["backbone"], "name": "vit_tinny_patch16_224"})
     with pytest.raises(VizattnError, match=r"unknown to timm.*vit_tiny_patch16_224"):
         vizattn.create_from_bundle(bundle)
+
+
+def test_nothing_is_said_of_the_head_that_the_bundle_brings(tmp_path, caplog):
+    model = timm.create_model("vit_va_nano_patch4_32", pretrained=True, num_classes=5)
+    folder = vizattn.save_adapter(vizattn.attach(model, "linear_probe"), tmp_path / "bundle")
+    caplog.clear()
+    with caplog.at_level("INFO", "vizattn"):
+        vizattn.create_from_bundle(folder)
+    assert "newly initialised" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,16 @@ def test_a_whole_model_needs_no_hub_or_file_to_be_loaded(recipe: dict[str, Any],
     result = train(recipe, work_dir=tmp_path / "run", quiet=True)
     (tmp_path / "there").rename(tmp_path / "gone")
     assert evaluate(tmp_path / "run") == result.metrics["test"]
+
+
+def test_one_class_and_folders_of_masks_are_no_classes(
+    command: list[str], image_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    picture = image_folder / "train" / "left" / "0.png"
+    for folder in ("alone/left", "pairs/images", "pairs/masks"):
+        Path(folder).mkdir(parents=True)
+        for number in range(4):
+            shutil.copy(picture, Path(folder, f"{number}.png"))
+    train_on = ["train", "classification/digits_vpt", "--work-dir", "run2", "--data"]
+    assert "at least two classes" in message(capsys, *train_on, "alone")
+    assert "vizattn list --recipes segmentation" in message(capsys, *train_on, "pairs")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +431,21 @@ def _check_keys(folder: Any, expected: dict[str, Tensor], state: dict[str, Tenso
         raise VizattnError(f"{folder} does not fit this model: {'; '.join(differences[:3])}{more}.")
 
 
+@contextmanager
+def _head_from_the_bundle() -> Iterator[None]:
+    """No word of the head that is new in the backbone: the bundle brings its own."""
+    logger = logging.getLogger("vizattn")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "newly initialised" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> nn.Module:
     """The backbone of a bundle, created by timm with its pretrained weights, with the adapters loaded, in eval mode.
 
@@ -460,7 +478,8 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
         overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
     task = {"features_only": True} if backbone.get("features_only") else {"num_classes": config["num_classes"]}
     try:
-        model = timm.create_model(_full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
+        with _head_from_the_bundle():
+            model = timm.create_model(_full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
         model.to(getattr(torch, backbone["dtype"]))
     except Exception as error:
         raise VizattnError(

@@ -34,7 +34,9 @@ class HST:
     widths: tuple[int, ...] = (32, 48, 64, 72)
     """Channels of the four side stages; (64, 128, 256, 384) for dense prediction."""
     num_heads: tuple[int, ...] = (2, 4, 8, 12)
+    """Heads of the side blocks' attention, a number a stage."""
     mlp_ratio: float = 4.0
+    """Width of the side blocks' MLP in units of theirs."""
     drop_path: float = 0.0
     """Stochastic depth of the last side block, rising linearly from zero."""
 

@@ -45,16 +45,20 @@ def costs() -> dict[str, dict[str, Any]]:
 
 
 def summary(name: str) -> dict[str, Any]:
-    """One row of the list; parameters (classifier included) and multiply-adds are None for those of timm."""
+    """One row of the list; parameters (classifier included) and multiply-adds are None for those of timm.
+
+    The licence is that of the weights.
+    """
     cfg = get_pretrained_cfg(name)
     cost = costs().get(name, {})
+    weights = weights_source(cfg)
     return {
         "name": name,
         "parameters": cost.get("parameters"),
         "gmacs": cost.get("gmacs"),
         "input": list(cfg.input_size[1:]) if cfg else None,
-        "weights": weights_source(cfg),
-        "licence": (cfg.license if cfg else None) or None,
+        "weights": weights,
+        "licence": (cfg.license or None) if cfg and weights != "none" else None,
     }
 
 

@@ -34,10 +34,10 @@ def index_image(mask: np.ndarray, palette: Palette) -> Image.Image:
 def overlay(image: Image.Image, mask: np.ndarray, palette: Palette, opacity: float = 0.5) -> Image.Image:
     """The picture with the classes of `mask` (H, W) painted over it, and dark lines where they meet.
 
-    Pixels whose number is no class (ignored ones) stay as they are.
+    Pixels whose number is no class (ignored ones), and those of a black class (background), stay as they are.
     """
-    painted = mask < len(palette)
-    colours = np.asarray(palette, dtype=np.uint8)[np.where(painted, mask, 0)]
+    colours = np.asarray(palette, dtype=np.uint8)[np.where(mask < len(palette), mask, 0)]
+    painted = (mask < len(palette)) & colours.any(axis=-1)
     pixels = np.asarray(image.convert("RGB"))
     blended = np.where(painted[..., None], (1 - opacity) * pixels + opacity * colours, pixels)
     edge = np.zeros(mask.shape, dtype=bool)

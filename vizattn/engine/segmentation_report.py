@@ -56,7 +56,7 @@ def write_report(path: Path, result: Any, task: nn.Module, split: str, dataset: 
             ("IoU of each class", figure_html(_bars(metrics["iou_per_class"], palette), "IoU of each class")),
             ("Training", figure_html(_curves(Path(result.work_dir) / "metrics.jsonl"), "Loss and validation mIoU")),
             ("Worst and best images", how + "".join(shown)),
-            ("Classes", image_html(legend(result.class_names, palette), "legend")),
+            ("Classes", image_html(legend(result.class_names, palette), "colours of the classes")),
             ("How", table_html(("what", "value"), [("command", result.command), *result.versions.items()])),
             ("Recipe", f"<pre>{json.dumps(result.config, indent=2)}</pre>"),
         ],
@@ -86,7 +86,8 @@ def _pictures(looked: Sequence[tuple[float, int, np.ndarray]], dataset: Any, pal
         picture.thumbnail((1200, 400))
         enlarged = max(1, 160 // picture.height)
         picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST)
-        pictures.append(image_html(picture, f"image {place}: mIoU {iou:.2%}"))
+        name = Path(dataset.paths[place]).name if hasattr(dataset, "paths") else f"image {place}"
+        pictures.append(image_html(picture, f"{name}: mIoU {iou:.2%}"))
     return pictures
 
 

@@ -137,6 +137,21 @@ def _describe(data: Data) -> dict[str, Any]:
     return described
 
 
+def _check_enough_classes(config: Mapping[str, Any], class_names: list[str]) -> None:
+    """See that there is something to tell apart."""
+    root = config["data"]["root"]
+    if len(class_names) < 2:
+        raise VizattnError(f"Training needs at least two classes, but {root} has {len(class_names)}: {class_names}.")
+    if config["task"] == "classification" and "images" in class_names and {*class_names} <= _OF_PAIRS:
+        raise VizattnError(
+            f"{root} holds images and masks ({', '.join(class_names)}), not a folder a class: train it by a recipe "
+            "of segmentation, see: vizattn list --recipes segmentation"
+        )
+
+
+_OF_PAIRS = {"images", "masks", "annotations", "labels"}
+
+
 class _Determinism:
     def __init__(self, on: bool) -> None:
         self.on = on
@@ -178,6 +193,7 @@ class _Run:
             prepare_folder(self.work_dir)
         data = build_data(config["data"])
         class_names = data.class_names
+        _check_enough_classes(config, class_names)
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
         model = self.kind.build_model(config, len(class_names)).to(self.device)
         preprocessing = model_preprocessing(model, config["model"])
@@ -304,7 +320,7 @@ class _Run:
         hooks = [
             SeedHook(seed, length),
             LossGuardHook(self.checkpoints),
-            JsonLinesHook(self.work_dir / "metrics.jsonl", config["logging"]["interval"]),
+            JsonLinesHook(self.work_dir / "metrics.jsonl", min(config["logging"]["interval"], length)),
             saver,
             shown,
             *([ema] if ema else []),
