@@ -323,9 +323,17 @@ def test_too_little_space_is_seen_first(server: Server, target: Path, monkeypatc
 
 
 def test_control_c_keeps_what_has_arrived(server: Server, target: Path, caplog: Any) -> None:
-    server.script = [Answer(cut=100, stall=0.5)]
+    server.script = [Answer(cut=100, stall=2.0)]
     caplog.set_level(logging.INFO)
-    threading.Timer(0.15, signal.raise_signal, [signal.SIGINT]).start()
+    here = threading.get_ident()
+
+    def interrupt() -> None:
+        while not server.ranges():  # until it has been asked
+            time.sleep(0.01)
+        time.sleep(0.3)
+        signal.pthread_kill(here, signal.SIGINT)  # wakes this very thread from waiting for the rest
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         get(server, target, Trusted(), Patience(pause=0.0))
     assert not target.exists() and "Stopped fetching" in caplog.text and "the next call goes on there" in caplog.text
