@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +323,15 @@ def test_too_little_space_is_seen_first(server: Server, target: Path, monkeypatc
     assert caught.value.errno == errno.ENOSPC and not part(target).exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Control-C raises, also in a process that was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_keeps_what_has_arrived(server: Server, target: Path, caplog: Any) -> None:
     server.script = [Answer(cut=100, stall=2.0)]
     caplog.set_level(logging.INFO)
