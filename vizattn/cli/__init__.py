@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; by default those of the process.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]  # not `list`: a subcommand here bears that name
-    # Threads that wait by spinning take the cores from those that work, where others use the machine, too: two runs at
-    # once on two cores took 38 s, and take 13 s so. Read when torch is loaded.
+    # Threads that wait by spinning take the cores from those that work, where others use the machine, too: runs beside
+    # each other are several times slower by libgomp's default. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     place = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     top = _top_parser()

@@ -7,7 +7,6 @@ import csv
 import glob
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
     from vizattn.errors import VizattnError
+    from vizattn.files import write_text
     from vizattn.heads import Segmenter
 
     from .predict_masks import predict_masks, refuse_overwriting, unique_names
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = {"table": _table, "json": _json, "csv": _csv}[args.format](results)
     if args.output:
-        _write(args.output, text)
+        write_text(args.output, text)
     else:
         sys.stdout.write(text)
     failed = [result for result in results if "error" in result]
@@ -177,16 +177,6 @@ def _csv(results: Sequence[dict[str, Any]]) -> str:
         for rank, best in enumerate(result.get("predictions", []), 1):
             writer.writerow([result["image"], rank, best["class"], best[number], ""])
     return file.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _positive(text: str) -> int:

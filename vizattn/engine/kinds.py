@@ -25,8 +25,6 @@ class Kind:
 
     best: str
     """The validation metric by which the best checkpoint is chosen; the higher the better."""
-    per_class: str
-    """The metric that is a number for each class."""
     title: str
     """What `best` is called in a line of text."""
     build_model: Callable[[Mapping[str, Any], int], nn.Module]
@@ -72,7 +70,6 @@ def _segmentation_transform(preprocessing: Mapping[str, Any], data: Mapping[str,
 KINDS: dict[str, Kind] = {
     "classification": Kind(
         best="accuracy",
-        per_class="accuracy_per_class",
         title="accuracy",
         build_model=build_model,
         build_task=_classification_task,
@@ -82,7 +79,6 @@ KINDS: dict[str, Kind] = {
     ),
     "segmentation": Kind(
         best="miou",
-        per_class="iou_per_class",
         title="mIoU",
         build_model=build_segmenter,
         build_task=_segmentation_task,

@@ -26,7 +26,7 @@ def index_image(mask: np.ndarray, palette: Palette) -> Image.Image:
     """
     if len(palette) > 256:
         return Image.fromarray(mask.astype(np.uint16))
-    image = Image.fromarray(mask.astype(np.uint8), mode="P")
+    image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette([value for colour in palette for value in colour])
     return image
 
