@@ -1,0 +1,18 @@
+"""Transfer tasks: VTAB-1k, FGVC, VTAB-mini, and a user's own, all opened in the same way."""
+
+from vizattn.data.transfer.datasets import Availability, DrawnSplit, FileSplit, available, open_split
+from vizattn.data.transfer.suites import SUITES, get_suite
+from vizattn.data.transfer.tasks import Suite, TransferTask, select_tasks
+
+__all__ = [
+    "SUITES",
+    "Availability",
+    "DrawnSplit",
+    "FileSplit",
+    "Suite",
+    "TransferTask",
+    "available",
+    "get_suite",
+    "open_split",
+    "select_tasks",
+]

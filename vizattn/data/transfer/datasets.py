@@ -1,0 +1,237 @@
+"""Splits of transfer tasks as data sets."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vizattn.data.folder import nearest_tree
+from vizattn.data.images import load_rgb
+from vizattn.data.transfer.lists import LIST_FILES, Entry, demand_apart, read_list
+from vizattn.data.transfer.mini import images_of
+from vizattn.data.transfer.suites import get_suite
+from vizattn.data.transfer.tasks import LAYOUTS, SPLITS, Suite, TransferTask
+from vizattn.errors import VizattnError, unknown
+
+__all__ = ["Availability", "DrawnSplit", "FileSplit", "available", "open_split", "task_folder"]
+
+Root = str | os.PathLike[str] | None
+
+
+class FileSplit(Dataset):
+    """Images from files. Items are PIL RGB images (see `load_rgb`) through `transform`, and labels.
+
+    Attributes:
+        paths: Absolute paths of the images.
+        labels: Class of each image.
+        class_names: Names of the classes.
+        transform: Applied to each image.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: list[Entry],
+        class_names: list[str],
+        transform: Callable[[Any], Any] | None,
+        found_in: str,
+    ) -> None:
+        self.folder = folder
+        self.names = [name for name, _ in entries]
+        self.paths = [os.path.join(folder, name) for name in self.names]
+        self.labels = [label for _, label in entries]
+        self.class_names = class_names
+        self.transform = transform
+        self._status: list[tuple[int, int]] = []
+        for path in self.paths:
+            try:
+                status = os.stat(path)
+            except OSError:
+                message = f"There is no image {path}, which {found_in} lists.\n{nearest_tree(path)}"
+                raise VizattnError(message) from None
+            self._status.append((status.st_size, status.st_mtime_ns))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path = self.paths[index]
+        try:
+            image = load_rgb(path)
+        except OSError as error:
+            raise VizattnError(f"Cannot read the image {path}: {error}") from None
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash over the classes and each file's name, label, size and time of change."""
+        parts = (self.class_names, list(zip(self.names, self.labels, self._status)))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of the image's file."""
+        return _file_digest(self.paths[index], *self._status[index])
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _file_digest(path: str, size: int, mtime_ns: int) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise VizattnError(f"Cannot read the image {path}: {error.strerror or error}") from None
+
+
+class DrawnSplit(Dataset):
+    """Images of a built-in task, made at the first look. Items are PIL RGB images through `transform`, and labels.
+
+    Attributes:
+        class_names: Names of the classes.
+        transform: Applied to each image.
+    """
+
+    def __init__(
+        self, task: TransferTask, split: str, class_names: list[str], transform: Callable[[Any], Any] | None
+    ) -> None:
+        self.task = task
+        self.parts = ("train", "val") if split == "trainval" else (split,)
+        self.class_names = class_names
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def labels(self) -> list[int]:
+        """Class of each image."""
+        return [label for part in self.parts for label in images_of(self.task.name, part)[1]]
+
+    def _pixels(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]
+        for part in self.parts:
+            images, _ = images_of(self.task.name, part)
+            if index < len(images):
+                return images[index]
+            index -= len(images)
+        raise AssertionError
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self._pixels(index)).convert("RGB")
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash over the classes, and each image's pixels and label."""
+        digest = hashlib.sha256(repr((self.task.name, self.class_names, self.labels)).encode())
+        for part in self.parts:
+            digest.update(images_of(self.task.name, part)[0].tobytes())
+        return digest.hexdigest()
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of the image's pixels and their shape."""
+        pixels = self._pixels(index)
+        return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Availability:
+    """True if a task can be opened; otherwise `reason` says what is missing and how to get it."""
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def open_split(
+    suite: Suite | str,
+    task: TransferTask | str,
+    split: str,
+    root: Root = None,
+    transform: Callable[[Any], Any] | None = None,
+) -> FileSplit | DrawnSplit:
+    """One split of a task. Only the lists and images of that split are read, and of train where val must be apart.
+
+    Args:
+        suite: A suite, its name, or a JSON file, see `get_suite`.
+        task: A task of it, or its name.
+        split: "train", "val", "trainval" or "test".
+        root: The folder that has the tasks' folders, or one named as the suite that has them.
+        transform: Applied to each PIL RGB image.
+
+    Raises:
+        VizattnError: Unknown names; files that are missing or damaged.
+    """
+    suite = get_suite(suite)
+    task = suite.task(task) if isinstance(task, str) else task
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    class_names = list(task.class_names) or [str(label) for label in range(task.num_classes)]
+    if task.layout == "builtin":
+        return DrawnSplit(task, split, class_names, transform)
+    folder = task_folder(suite, task, root)
+    entries, found_in = _listed(folder, task, split)
+    expected = task.splits.get(split, ())
+    if expected and len(entries) not in expected:
+        counts = " or ".join(f"{count:,}" for count in expected)
+        warnings.warn(f"{found_in} has {len(entries):,} images; {task.name} has {counts} in {split}.", stacklevel=2)
+    return FileSplit(folder, entries, class_names, transform, found_in)
+
+
+def task_folder(suite: Suite, task: TransferTask, root: Root) -> Path:
+    """The folder of a task that is not built in.
+
+    Raises:
+        VizattnError: It is not there.
+    """
+    if root is None:
+        raise VizattnError(f"The tasks of {suite.name} need the folder that has them: give --root DIR, or data.root.")
+    folder = task.folder or task.name
+    for path in (Path(root, folder), Path(root, suite.name, folder)):
+        if path.is_dir():
+            return Path(os.path.abspath(path))
+    raise VizattnError(
+        f"There is no folder {folder} of the task {task.name} in {root}. Expected {Path(root, folder)} with "
+        f"{LAYOUTS[task.layout]}.\n{nearest_tree(os.fspath(root))}"
+    )
+
+
+def available(suite: Suite | str, task: TransferTask | str, root: Root = None) -> Availability:
+    """Whether a task's files are there; their content is not looked at."""
+    suite = get_suite(suite)
+    task = suite.task(task) if isinstance(task, str) else task
+    if task.layout == "builtin":
+        return Availability()
+    try:
+        folder = task_folder(suite, task, root)
+    except VizattnError as error:
+        return Availability(str(error).split("\n", 1)[0])
+    missing = [name for split, name in LIST_FILES.items() if split != "trainval" and not (folder / name).is_file()]
+    return Availability(f"{folder} lacks {', '.join(missing)}." if missing else "")
+
+
+def _listed(folder: Path, task: TransferTask, split: str) -> tuple[list[Entry], str]:
+    """Images and labels of a split, and which file says so."""
+
+    def read(part: str) -> list[Entry]:
+        return read_list(folder / LIST_FILES[part], task.num_classes)
+
+    if split in ("train", "test"):
+        return read(split), str(folder / LIST_FILES[split])
+    train, val = read("train"), read("val")
+    demand_apart({LIST_FILES["train"]: train, LIST_FILES["val"]: val})
+    if split == "val":
+        return val, str(folder / LIST_FILES["val"])
+    return train + val, str(folder)
