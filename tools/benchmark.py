@@ -53,7 +53,7 @@ def measure(case: str, name: str, batch: int, steps: int) -> dict[str, float]:
 
     import vizattn
     from vizattn.adapters import frozen_features, head_from_features
-    from vizattn.engine.memory import PeakMemory
+    from vizattn.memory import PeakMemory
 
     method, options = CASES[case]
     cached = options.get("cached", False)

@@ -31,7 +31,6 @@ from vizattn.engine.features import cache_folder, cached_features, feature_key
 from vizattn.engine.hooks import CheckpointHook, JsonLinesHook, LossGuardHook, SeedHook
 from vizattn.engine.kinds import kind_of
 from vizattn.engine.loggers import visualizer_config
-from vizattn.engine.memory import PeakMemory
 from vizattn.engine.models import model_preprocessing
 from vizattn.engine.optim import EpochOptimWrapper, build_optimizer, build_schedule
 from vizattn.engine.pictures import OverlayHook
@@ -42,6 +41,7 @@ from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import Source
 from vizattn.errors import VizattnError
 from vizattn.files import explain_disk_errors, prepare_folder, write_text
+from vizattn.memory import PeakMemory
 
 __all__ = ["Result", "train", "versions"]
 
