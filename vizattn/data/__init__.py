@@ -46,6 +46,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
         "seed",
         "on_error",
     ),
+    "transfer": ("suite", "task_name", "stage"),
 }
 TASK_OF = {name: "segmentation" if name in ("scenes", "segmentation_folder") else "classification" for name in DATASETS}
 
@@ -63,10 +64,10 @@ def build_dataset(
     Args:
         name: A key of `DATASETS`.
         split: "train", "val" or "test"; for "folder" also "all", see `ImageFolder`.
-        root: Where the images are; for "folder" and "segmentation_folder" only.
+        root: Where the images are; for "folder", "segmentation_folder" and "transfer" only.
         transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors), for segmentation to image and mask.
             Without it items are PIL images with labels, or with uint8 masks.
-        options: See `Glyphs`, `ImageFolder`, `Scenes` and `SegmentationFolder`. An option that only other data sets
+        options: See `Glyphs`, `ImageFolder`, `Scenes`, `SegmentationFolder` and `open_stage`. An option that only other data sets
             have is left unused, so that a recipe's data section holds for each of them.
 
     Raises:
@@ -90,13 +91,17 @@ def build_dataset(
         from vizattn.data.segmentation import SegmentationFolder
 
         return SegmentationFolder(_root(name, root), split, transform, **chosen)
+    if name == "transfer":
+        from vizattn.data.transfer import open_stage
+
+        return open_stage(split, root, transform, **chosen)
     from vizattn.data.folder import ImageFolder
 
     return ImageFolder(_root(name, root), split, transform, **chosen)
 
 
 def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
-    """The splits that `build_dataset` can build: all three, except for folders that lack some of them."""
+    """The splits that `build_dataset` can build: all three, except where a folder or a stage lacks some of them."""
     chosen = _options(name, "train", options)
     chosen.pop("on_error", None)
     if name == "segmentation_folder":
@@ -105,6 +110,10 @@ def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, *
         for option in ("reduce_zero_label", "class_names"):
             chosen.pop(option, None)
         return segmentation_splits(_root(name, root), **chosen)
+    if name == "transfer":
+        from vizattn.data.transfer import stage_splits
+
+        return list(stage_splits(**{key: value for key, value in chosen.items() if key == "stage"}))
     if name != "folder":
         return list(SPLITS)
     from vizattn.data.folder import folder_splits

@@ -131,10 +131,13 @@ DATA_OPTIONS: dict[str, Option] = {
     "layout": Option("auto", (str,)),
     "reduce_zero_label": Option(False, (bool,)),
     "class_names": Option(None, (list, _NONE)),
+    "suite": Option("vtab-mini", (str,)),
+    "task_name": Option(None, (str, _NONE)),
+    "stage": Option("select", (str,), ["select", "final"]),
 }
 """Options of the data section that only some data sets have: checked where they are given, never filled in.
 
-The data set checks the fractions, which are shares of the images, and the layout.
+The data set checks the fractions, which are shares of the images, the layout, the suite and the task.
 """
 
 OFF_BY_DEFAULT = ("ema",)

@@ -1,6 +1,14 @@
 """Transfer tasks: VTAB-1k, FGVC, VTAB-mini, and a user's own, all opened in the same way."""
 
-from vizattn.data.transfer.datasets import Availability, DrawnSplit, FileSplit, available, open_split
+from vizattn.data.transfer.datasets import (
+    Availability,
+    DrawnSplit,
+    FileSplit,
+    available,
+    open_split,
+    open_stage,
+    stage_splits,
+)
 from vizattn.data.transfer.suites import SUITES, get_suite
 from vizattn.data.transfer.tasks import Suite, TransferTask, select_tasks
 
@@ -14,5 +22,7 @@ __all__ = [
     "available",
     "get_suite",
     "open_split",
+    "open_stage",
     "select_tasks",
+    "stage_splits",
 ]

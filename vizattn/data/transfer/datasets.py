@@ -23,7 +23,17 @@ from vizattn.data.transfer.suites import get_suite
 from vizattn.data.transfer.tasks import LAYOUTS, SPLITS, Suite, TransferTask
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["Availability", "DrawnSplit", "FileSplit", "available", "open_split", "task_folder"]
+__all__ = [
+    "STAGES",
+    "Availability",
+    "DrawnSplit",
+    "FileSplit",
+    "available",
+    "open_split",
+    "open_stage",
+    "stage_splits",
+    "task_folder",
+]
 
 Root = str | os.PathLike[str] | None
 
@@ -188,6 +198,56 @@ def open_split(
         counts = " or ".join(f"{count:,}" for count in expected)
         warnings.warn(f"{found_in} has {len(entries):,} images; {task.name} has {counts} in {split}.", stacklevel=2)
     return FileSplit(folder, entries, class_names, transform, found_in)
+
+
+STAGES = {"select": {"train": "train", "val": "val"}, "final": {"train": "trainval", "test": "test"}}
+"""The stages of the protocol, and what is trained and evaluated on in each; the first never sees the test split."""
+
+
+def stage_splits(stage: str = "select") -> dict[str, str]:
+    """The splits of a stage by their part in training, such as {"train": "trainval", "test": "test"}.
+
+    Raises:
+        VizattnError: Unknown stage.
+    """
+    if stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    return STAGES[stage]
+
+
+def open_stage(
+    split: str,
+    root: Root = None,
+    transform: Callable[[Any], Any] | None = None,
+    suite: str = "vtab-mini",
+    task_name: str | None = None,
+    stage: str = "select",
+) -> FileSplit | DrawnSplit:
+    """A task as a recipe's data set.
+
+    Args:
+        split: "train", and "val" to select hyper-parameters or "test" for the final result.
+        root: See `open_split`.
+        transform: Applied to each PIL RGB image.
+        suite: Name of the suite, or a JSON file.
+        task_name: The task.
+        stage: "select" (800 images to train on, 200 to compare with) or "final" (all 1,000, and the test split).
+
+    Raises:
+        VizattnError: No task, a split that the stage does not have, and what `open_split` raises.
+    """
+    chosen = get_suite(suite)
+    if task_name is None:
+        names = ", ".join(task.name for task in chosen.tasks)
+        raise VizattnError(f"Set data.task_name to a task of {chosen.name}: {names}.")
+    splits = stage_splits(stage)
+    if split not in splits:
+        other = next(name for name in STAGES if split in STAGES[name])
+        raise VizattnError(
+            f'There is no {split} split at the stage "{stage}", which has {" and ".join(splits)}; '
+            f'"{other}" has one: data.stage="{other}".'
+        )
+    return open_split(chosen, task_name, splits[split], root, transform)
 
 
 def task_folder(suite: Suite, task: TransferTask, root: Root) -> Path:
