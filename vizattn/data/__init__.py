@@ -67,8 +67,8 @@ def build_dataset(
         root: Where the images are; for "folder", "segmentation_folder" and "transfer" only.
         transform: Applied to each image (PIL RGB; see `Glyphs` for its tensors), for segmentation to image and mask.
             Without it items are PIL images with labels, or with uint8 masks.
-        options: See `Glyphs`, `ImageFolder`, `Scenes`, `SegmentationFolder` and `open_stage`. An option that only other data sets
-            have is left unused, so that a recipe's data section holds for each of them.
+        options: See `Glyphs`, `ImageFolder`, `Scenes`, `SegmentationFolder` and `open_stage`. An option that only other
+            data sets have is left unused, so that a recipe's data section holds for each of them.
 
     Raises:
         VizattnError: Unknown name, split or option; for folders, what `ImageFolder` and `SegmentationFolder`
