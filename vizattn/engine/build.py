@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from vizattn.engine.decoded import decoded
 from vizattn.engine.kinds import kind_of
 from vizattn.engine.runner import rank_and_world
 from vizattn.errors import VizattnError, unknown
 
 __all__ = ["Data", "build_data", "check_classes", "choose_device", "make_loader", "set_transforms"]
 
-_LOADING = ("name", "root", "batch_size", "num_workers", "augment", "crop_size", "short_side")
+_LOADING = ("name", "root", "batch_size", "num_workers", "augment", "crop_size", "short_side", "resize", "in_memory")
 
 
 @dataclass
@@ -78,9 +79,11 @@ def build_data(data: Mapping[str, Any], splits: Sequence[str] | None = None) -> 
 
 
 def set_transforms(data: Data, preprocessing: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Give each split its transform."""
+    """Give each split its transform; with `data.in_memory` those to train and select on are decoded once."""
     for split, dataset in data.splits.items():
         dataset.transform = kind_of(config).build_transform(preprocessing, config["data"], split == "train")
+        if config["data"].get("in_memory") and split != "test":
+            data.splits[split] = decoded(dataset)
 
 
 def make_loader(

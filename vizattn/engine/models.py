@@ -134,7 +134,7 @@ def _check_classifier(model: nn.Module, options: Mapping[str, Any], num_classes:
     """See that an image gives one row of logits, by a blank one."""
     training = model.training
     try:
-        size = model_preprocessing(model, options)["input_size"]
+        size = model_preprocessing(model, {"model": options, "data": {}})["input_size"]
         with torch.no_grad():
             given = model.eval()(torch.zeros(1, 3, *size[1:]))
         problem = None if given.shape == (1, num_classes) else f"it gives an output of shape {tuple(given.shape)}"
@@ -149,11 +149,13 @@ def _check_classifier(model: nn.Module, options: Mapping[str, Any], num_classes:
         )
 
 
-def model_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the images of `model` go through; `options` are those it was created with, such as `img_size`."""
+def model_preprocessing(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the images of `model` go through by a recipe that says how it was created and how images are resized."""
     from vizattn.data import preprocessing_of
 
     preprocessing = preprocessing_of(model)
-    if size := options.get("img_size"):
+    if size := config["model"].get("img_size"):
         preprocessing["input_size"] = [3, *([size] * 2 if isinstance(size, int) else size)]
+    if config["data"].get("resize") == "squash":
+        preprocessing |= {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bicubic"}
     return preprocessing

@@ -99,7 +99,10 @@ BY_TASK: dict[str, dict[str, Option]] = {
         "loss.label_smoothing": Option(0.0, (float,), least=0.0, most=0.99),
         "loss.mixup": Option(0.0, (float,), least=0.0),
         "loss.cutmix": Option(0.0, (float,), least=0.0),
+        "data.resize": Option("backbone", (str,), ["backbone", "squash"]),
+        "data.in_memory": Option(False, (bool,)),
         "cache_features": Option("auto", (str, bool), ["auto", False]),
+        "sweep": Option(None, (dict, _NONE)),
     },
     "segmentation": {
         "head.name": Option("semantic_fpn", (str,), _heads),
@@ -118,7 +121,12 @@ BY_TASK: dict[str, dict[str, Option]] = {
         "inference.scales": Option([1.0], (list,)),
     },
 }
-"""Options that one task has; the head's own (`channels` and others) are checked by the head."""
+"""Options that one task has; the head's own (`channels` and others) are checked by the head.
+
+`data.resize` "squash" resizes straight to the input size, by bicubic interpolation and whatever the aspect; "backbone" is
+as the backbone was evaluated. `data.in_memory` keeps decoded images for the next epochs. `sweep` is for `vizattn vtab`:
+options with the values to choose from.
+"""
 
 TASKS = tuple(BY_TASK)
 

@@ -103,6 +103,7 @@ def train(
     device: str | None = None,
     quiet: bool = False,
     progress: ProgressCallback | None = None,
+    report: bool = True,
 ) -> Result:
     """Train, evaluate and export a model.
 
@@ -114,6 +115,7 @@ def train(
         device: By default CUDA when there is one.
         quiet: Print nothing.
         progress: Called after each iteration.
+        report: Write ``report.html`` at the end.
 
     Raises:
         VizattnError: A mistake in the recipe or the data, a checkpoint of another run, a disk that cannot be written,
@@ -125,7 +127,7 @@ def train(
     folder = Path(work_dir or Path("work_dirs") / (recipe_name(config) if named else "run"))  # type: ignore[arg-type]
     chosen = choose_device(device)
     with explain_disk_errors(folder), distributed(chosen), _Determinism(resolved["deterministic"]):
-        return _Run(resolved, folder, chosen, resume, quiet, progress).run()
+        return _Run(resolved, folder, chosen, resume, quiet, progress, report).run()
 
 
 def _describe(data: Data) -> dict[str, Any]:
@@ -177,12 +179,13 @@ class _Run:
         resume: bool,
         quiet: bool,
         progress: ProgressCallback | None,
+        report: bool,
     ) -> None:
         self.config, self.work_dir, self.device, self.resume = config, work_dir, device, resume
         self.kind = kind_of(config)
         self.rank, self.world = rank_and_world()
         self.display = display_for(quiet)
-        self.progress = progress
+        self.progress, self.report = progress, report
         self.checkpoints = work_dir / "checkpoints"
         self.logger = logging.getLogger("vizattn")
 
@@ -196,7 +199,7 @@ class _Run:
         _check_enough_classes(config, class_names)
         seed_from(config["seed"], 3)  # the new head and the adapters begin from the seed
         model = self.kind.build_model(config, len(class_names)).to(self.device)
-        preprocessing = model_preprocessing(model, config["model"])
+        preprocessing = model_preprocessing(model, config)
         set_transforms(data, preprocessing, config)
         params = asdict(vizattn.trainable_summary(model))
         header: dict[str, Any] = {
@@ -240,7 +243,7 @@ class _Run:
             export(model, Path(result.exported), config, class_names, preprocessing, metrics, palette)
             summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
             write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
-            if self.kind.report and metrics:
+            if self.report and self.kind.report and metrics:
                 split = [*metrics][-1]
                 task = self.kind.build_task(model, config, len(class_names), "images").eval()
                 self.kind.report(self.work_dir / "report.html", result, task, split, data.splits[split], palette)
