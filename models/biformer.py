@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention import BilevelRoutingAttention
+from vizattn.attention.maps import AttentionCall, AttentionMap, map_of, softmax_map
 from vizattn.errors import VizattnError
 from vizattn.layers import ConvNorm, LayerNorm, Linear
 from vizattn.layers.conv_norm import fold_after
@@ -83,6 +84,12 @@ class LePEAttention(nn.Module):
         dropout_p = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x + local.permute(0, 2, 3, 1).reshape(B, N, C)))
+
+
+@map_of.register
+def _(attn: LePEAttention, call: AttentionCall) -> AttentionMap:
+    query, key, value = attn.qkv(call.x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return softmax_map("softmax", query, key, value, call.grid_size, extra_kv=call.extra_kv)
 
 
 class BiFormerBlock(nn.Module):

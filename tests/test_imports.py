@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each part of the package and the parts it may import; those of EVERYWHERE and the part itself always.
 ALLOWED = {
-    "vizattn": {"models", "adapters", "fuse", "heads"},  # vizattn/__init__.py: importing is registering
+    "vizattn": {"models", "adapters", "explain", "fuse", "heads"},  # vizattn/__init__.py: importing is registering
     "__main__": {"cli"},
     "fuse": {"adapters", "layers"},  # refuses models with adapters
     "layers": set(),
@@ -21,10 +21,11 @@ ALLOWED = {
     "models": {"attention", "layers", "weights"},
     "heads": {"layers"},
     "adapters": {"attention", "layers", "heads"},  # bundles of segmenters
+    "explain": {"adapters", "attention", "layers", "heads"},
     "weights": {"attention", "layers"},
     "data": {"attention", "layers"},
     "configs": set(),
-    "engine": {"data", "heads", "adapters", "weights", "attention", "layers", "configs"},
+    "engine": {"data", "heads", "adapters", "explain", "weights", "attention", "layers", "configs"},
     "bench": {"data", "heads", "adapters", "weights", "attention", "layers", "fuse"},
     "cli": {"bench", "engine", "data", "heads", "adapters", "weights", "attention", "layers", "configs"},
 }

@@ -13,6 +13,7 @@ from vizattn.adapters import (
     trainable_summary,
 )
 from vizattn.errors import VizattnError
+from vizattn.explain import attention_maps, relevance, rollout
 from vizattn.fuse import fuse
 from vizattn.heads import Segmenter
 from vizattn.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "VizattnError",
     "__version__",
     "attach",
+    "attention_maps",
     "create_from_bundle",
     "detach",
     "disabled",
@@ -30,6 +32,8 @@ __all__ = [
     "load_adapter",
     "merge",
     "models",
+    "relevance",
+    "rollout",
     "save_adapter",
     "trainable_summary",
 ]

@@ -28,7 +28,19 @@ from torch import Tensor, nn
 from vizattn.errors import VizattnError
 from vizattn.heads import Segmenter
 
-__all__ = ["Anatomy", "BlockAnatomy", "attend", "classifiers", "core", "describe", "map_source", "project_kv"]
+__all__ = [
+    "Anatomy",
+    "BlockAnatomy",
+    "attend",
+    "classifiers",
+    "core",
+    "describe",
+    "map_source",
+    "position_bias",
+    "project_kv",
+    "project_qkv",
+    "rotate",
+]
 
 #: timm's attentions whose projections, position terms and output path `attend` reproduces.
 SOFTMAX_ATTENTION = (Attention, AttentionRope, EvaAttention, BeitAttention, SwinAttention)
@@ -238,7 +250,8 @@ def project_kv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(attn, "k_norm", k), v
 
 
-def _project_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, d) of normed tokens `x` (B, N, D); no position term is applied."""
     if getattr(attn, "qkv", None) is None:
         q = _norm(attn, "q_norm", _heads(attn.q_proj(x), attn.num_heads))
         return q, *project_kv(attn, x)
@@ -252,12 +265,13 @@ def _repeat_kv(attn: Any, x: Tensor) -> Tensor:
     return x.repeat_interleave(groups, dim=1) if groups > 1 else x
 
 
-def _rotate(attn: Any, x: Tensor, rope: Tensor, prefix: int) -> Tensor:
+def rotate(attn: Any, x: Tensor, rope: Tensor, prefix: int) -> Tensor:
+    """Queries or keys (B, H, N, d), rotated from the token `prefix` on."""
     rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
     return torch.cat([x[:, :, :prefix], rotated], dim=2).type_as(x)
 
 
-def _position_bias(attn: Any, shared: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
+def position_bias(attn: Any, shared: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
     """The additive bias, broadcastable to (B, H, N, N), of attentions with relative positions and windows."""
     bias = None
     if getattr(attn, "relative_position_bias_table", None) is not None:
@@ -301,11 +315,11 @@ def attend(
     """
     if is_causal:
         raise VizattnError("Prompts cannot be used with causal attention (is_causal=True).")
-    q, k, v = _project_qkv(attn, x)
+    q, k, v = project_qkv(attn, x)
     if rope is not None:
         prefix = int(attn.num_prefix_tokens) + inserted
-        q, k = _rotate(attn, q, rope, prefix), _rotate(attn, k, rope, prefix)
-    bias = _position_bias(attn, shared_rel_pos_bias, mask, x.shape[0]) if attn_mask is None else attn_mask
+        q, k = rotate(attn, q, rope, prefix), rotate(attn, k, rope, prefix)
+    bias = position_bias(attn, shared_rel_pos_bias, mask, x.shape[0]) if attn_mask is None else attn_mask
     prompts = 0
     if extra_kv is not None:
         extra_k, extra_v = (t.to(v.dtype).expand(x.shape[0], -1, -1, -1) for t in extra_kv)

@@ -123,8 +123,10 @@ class _PromptedAttention:
         self.prompts, self.index, self.block = prompts, index, block
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        extra_kv = self.block.project_kv(self.prompts.tokens(self.index, x.shape[0]))
-        return self.block.attend(x, extra_kv, *args, **kwargs)
+        return self.block.attend(x, self.extra_kv(x.shape[0]), *args, **kwargs)
+
+    def extra_kv(self, batch: int) -> tuple[Tensor, Tensor]:
+        return self.block.project_kv(self.prompts.tokens(self.index, batch))
 
 
 def _patch_area(model: nn.Module) -> int:

@@ -40,7 +40,7 @@ class Axis(NamedTuple):
     reach: int
 
 
-def _start_end(axis: Axis, j: Any, length: Any) -> tuple[Any, Any]:
+def start_end(axis: Axis, j: Any, length: Any) -> tuple[Any, Any]:
     """First key and end of the keys of query `j`, both counted within its residue class of `length` positions."""
     tensors = isinstance(j, Tensor)
     low: Any = torch.minimum if tensors else min
@@ -69,8 +69,8 @@ def _tile(axis: Axis, axes: int) -> tuple[int, int, int]:
         keys = 1
         for length in (longest, axis.length // axis.dilation):
             for first in range(0, length, size):
-                start = _start_end(axis, first, length)[0]
-                end = _start_end(axis, min(first + size, length) - 1, length)[1]
+                start = start_end(axis, first, length)[0]
+                end = start_end(axis, min(first + size, length) - 1, length)[1]
                 keys = max(keys, end - start)
         if not best[0] or count * size * (keys + 2) < best[0] * best[1] * (best[2] + 2):
             best = (count, size, keys)
@@ -86,7 +86,7 @@ def _axis_tiles(axis: Axis, axes: int, device: torch.device) -> tuple[Tensor, Te
     j = torch.arange(count * size, device=device).view(1, count, size)
     fresh = j < length
     j = torch.minimum(j, length - 1)  # what is left of the last tile repeats its last query
-    start, end = _start_end(axis, j, length)
+    start, end = start_end(axis, j, length)
     first = torch.minimum(start.amin(-1, keepdim=True), (length - keys).clamp(min=0))
     t = first + torch.arange(keys, device=device)
     sees = (t.unsqueeze(2) >= start.unsqueeze(3)) & (t.unsqueeze(2) < end.unsqueeze(3))
@@ -378,7 +378,7 @@ def attend_naive(qkv: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale:
     for axis in axes:
         x = torch.arange(axis.length, device=device)
         group, j = x % axis.dilation, x // axis.dilation
-        start, end = _start_end(axis, j, (axis.length - 1 - group) // axis.dilation + 1)
+        start, end = start_end(axis, j, (axis.length - 1 - group) // axis.dilation + 1)
         t = start.unsqueeze(1) + torch.arange(axis.kernel, device=device)
         hidden = t >= end.unsqueeze(1)
         t = torch.where(hidden, start.unsqueeze(1), t)
