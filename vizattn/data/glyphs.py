@@ -24,7 +24,7 @@ from vizattn.data.drawing import Hashed, column, load_font, signed_distance, smo
 from vizattn.data.transforms import is_deterministic
 from vizattn.errors import VizattnError
 
-__all__ = ["CLASS_NAMES", "FACES", "IMAGE_SIZE", "LENGTHS", "Glyphs", "draw"]
+__all__ = ["CLASS_NAMES", "FACES", "IMAGE_SIZE", "LENGTHS", "Face", "Glyphs", "draw", "draw_letters", "render_letters"]
 
 CLASS_NAMES = list(string.ascii_uppercase + string.ascii_lowercase)
 IMAGE_SIZE = 32
@@ -144,11 +144,20 @@ class Glyphs(Dataset):
 def draw(split: str, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> Tensor:
     """Images of the given indices, uint8 (B, 3, 32, 32); each depends on its own index alone."""
     index = np.asarray(indices, dtype=np.int64)
-    rng = Hashed(f"{_RULE}/{split}/{seed}/{epoch}", index)
-    uniform, chance, sign = rng.uniform, rng.chance, rng.sign
     faces = len(FACES[split])
     tile = (index // len(CLASS_NAMES) % faces) * len(CLASS_NAMES) + index % len(CLASS_NAMES)
-    distance = torch.from_numpy(_atlas(split)[tile]).float().sub_(128).div_(8 * _CAP)[:, None]  # in cap heights
+    return draw_letters(_atlas(split)[tile], Hashed(f"{_RULE}/{split}/{seed}/{epoch}", index))
+
+
+def draw_letters(tiles: np.ndarray, rng: Hashed) -> Tensor:
+    """Images uint8 (B, 3, 32, 32) of letters, each distorted, inked and scanned at random.
+
+    Args:
+        tiles: Of an atlas, uint8 (B, 64, 64), see `render_letters`.
+        rng: One index an image.
+    """
+    uniform, chance, sign = rng.uniform, rng.chance, rng.sign
+    distance = torch.from_numpy(tiles).float().sub_(128).div_(8 * _CAP)[:, None]  # in cap heights
 
     # Placement: from the frame to the letter, all in the units of grid_sample (a side is 2).
     # Each image has its own strength of distortion: the plain ones are what a fresh network learns from first.
@@ -217,24 +226,30 @@ def _scan(image: Tensor, noise: Tensor, resolution: np.ndarray, enlarge: np.ndar
     return out
 
 
-def _atlas(split: str) -> np.ndarray:
-    return _render("test" if split == "test" else "train")
-
-
 @functools.cache
-def _render(split: str) -> np.ndarray:
-    """Signed distances to each letter's outline, uint8 (faces * 52, 64, 64): 128 on it, 8 a pixel, more inside."""
+def _atlas(split: str) -> np.ndarray:
+    """Tiles of the split's faces, uint8 (faces * 52, 64, 64)."""
+    if split == "val":
+        return _atlas("train")
+    faces = FACES[split]
+    return np.concatenate([render_letters(face, [*_alphabet(face.upper), *_alphabet(face.lower)]) for face in faces])
+
+
+def _alphabet(start: int) -> list[str]:
+    return [chr(start + place) for place in range(26)]
+
+
+def render_letters(face: Face, letters: Sequence[str]) -> np.ndarray:
+    """Signed distances to each letter's outline, uint8 (letters, 64, 64): 128 on it, 8 a pixel, more inside."""
     side = _TILE * _SUPER
+    font = load_font(face.file, 100)
+    left, top, right, bottom = font.getbbox(chr(face.upper + 7))
+    font = load_font(face.file, 100 * _CAP * _SUPER / (bottom - top))
     tiles = []
-    for face in FACES[split]:
-        font = load_font(face.file, 100)
-        left, top, right, bottom = font.getbbox(chr(face.upper + 7))
-        font = load_font(face.file, 100 * _CAP * _SUPER / (bottom - top))
-        for start in (face.upper, face.lower):
-            for letter in (chr(start + i) for i in range(26)):
-                left, top, right, bottom = font.getbbox(letter)
-                canvas = Image.new("L", (side, side))
-                corner = ((side - left - right) / 2, (side - top - bottom) / 2)
-                ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=font)
-                tiles.append(signed_distance(np.asarray(canvas) > 127, _SUPER))
+    for letter in letters:
+        left, top, right, bottom = font.getbbox(letter)
+        canvas = Image.new("L", (side, side))
+        corner = ((side - left - right) / 2, (side - top - bottom) / 2)
+        ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=font)
+        tiles.append(signed_distance(np.asarray(canvas) > 127, _SUPER))
     return np.clip(np.stack(tiles) * 8 + 128, 0, 255).astype(np.uint8)

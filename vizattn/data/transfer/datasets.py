@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vizattn.data.folder import nearest_tree
+from vizattn.data.folder import listed, nearest_tree
 from vizattn.data.images import load_rgb
-from vizattn.data.transfer.lists import LIST_FILES, Entry, demand_apart, read_list
+from vizattn.data.transfer.layouts import Listing, missing_parts, read_split, task_folder
 from vizattn.data.transfer.mini import images_of
 from vizattn.data.transfer.suites import get_suite
-from vizattn.data.transfer.tasks import LAYOUTS, SPLITS, Suite, TransferTask
+from vizattn.data.transfer.tasks import SPLITS, Suite, TransferTask
 from vizattn.errors import VizattnError, unknown
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "open_split",
     "open_stage",
     "stage_splits",
-    "task_folder",
 ]
 
 Root = str | os.PathLike[str] | None
@@ -48,28 +47,13 @@ class FileSplit(Dataset):
         transform: Applied to each image.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        entries: list[Entry],
-        class_names: list[str],
-        transform: Callable[[Any], Any] | None,
-        found_in: str,
-    ) -> None:
-        self.folder = folder
-        self.names = [name for name, _ in entries]
-        self.paths = [os.path.join(folder, name) for name in self.names]
-        self.labels = [label for _, label in entries]
-        self.class_names = class_names
+    def __init__(self, listing: Listing, transform: Callable[[Any], Any] | None) -> None:
+        self.names = [entry.name for entry in listing.entries]
+        self.paths = [os.path.join(listing.folder, name) for name in self.names]
+        self.labels = [entry.label for entry in listing.entries]
+        self.class_names = listing.class_names
         self.transform = transform
-        self._status: list[tuple[int, int]] = []
-        for path in self.paths:
-            try:
-                status = os.stat(path)
-            except OSError:
-                message = f"There is no image {path}, which {found_in} lists.\n{nearest_tree(path)}"
-                raise VizattnError(message) from None
-            self._status.append((status.st_size, status.st_mtime_ns))
+        self._status = _status(listing, self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,6 +77,21 @@ class FileSplit(Dataset):
         return _file_digest(self.paths[index], *self._status[index])
 
 
+def _status(listing: Listing, paths: list[str]) -> list[tuple[int, int]]:
+    """Size and time of change of each file."""
+    found, missing = [], []
+    for entry, path in zip(listing.entries, paths):
+        try:
+            status = os.stat(path)
+            found.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            missing.append(f"{path} ({listing.source}{f', line {entry.line}' if entry.line else ''})")
+    if missing:
+        count = f"{len(missing):,} of {len(paths):,} images are missing:\n{listed(missing)}"
+        raise VizattnError(f"{count}\n{nearest_tree(missing[0].split(' (', 1)[0])}")
+    return found
+
+
 @functools.lru_cache(maxsize=1 << 20)
 def _file_digest(path: str, size: int, mtime_ns: int) -> str:
     try:
@@ -109,12 +108,10 @@ class DrawnSplit(Dataset):
         transform: Applied to each image.
     """
 
-    def __init__(
-        self, task: TransferTask, split: str, class_names: list[str], transform: Callable[[Any], Any] | None
-    ) -> None:
+    def __init__(self, task: TransferTask, split: str, transform: Callable[[Any], Any] | None) -> None:
         self.task = task
         self.parts = ("train", "val") if split == "trainval" else (split,)
-        self.class_names = class_names
+        self.class_names = list(task.class_names) or [str(label) for label in range(task.num_classes)]
         self.transform = transform
 
     def __len__(self) -> int:
@@ -172,7 +169,7 @@ def open_split(
     root: Root = None,
     transform: Callable[[Any], Any] | None = None,
 ) -> FileSplit | DrawnSplit:
-    """One split of a task. Only the lists and images of that split are read, and of train where val must be apart.
+    """One split of a task. Nothing of the test split is looked at for the others, neither its list nor its images.
 
     Args:
         suite: A suite, its name, or a JSON file, see `get_suite`.
@@ -188,16 +185,18 @@ def open_split(
     task = suite.task(task) if isinstance(task, str) else task
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    class_names = list(task.class_names) or [str(label) for label in range(task.num_classes)]
     if task.layout == "builtin":
-        return DrawnSplit(task, split, class_names, transform)
-    folder = task_folder(suite, task, root)
-    entries, found_in = _listed(folder, task, split)
+        if missing := available(suite, task).reason:
+            raise VizattnError(missing)
+        return DrawnSplit(task, split, transform)
+    listing = read_split(task_folder(suite, task, root), task, split)
     expected = task.splits.get(split, ())
-    if expected and len(entries) not in expected:
+    if expected and len(listing.entries) not in expected:
         counts = " or ".join(f"{count:,}" for count in expected)
-        warnings.warn(f"{found_in} has {len(entries):,} images; {task.name} has {counts} in {split}.", stacklevel=2)
-    return FileSplit(folder, entries, class_names, transform, found_in)
+        warnings.warn(
+            f"{listing.source} has {len(listing.entries):,} images; {task.name} has {counts} in {split}.", stacklevel=2
+        )
+    return FileSplit(listing, transform)
 
 
 STAGES = {"select": {"train": "train", "val": "val"}, "final": {"train": "trainval", "test": "test"}}
@@ -250,24 +249,6 @@ def open_stage(
     return open_split(chosen, task_name, splits[split], root, transform)
 
 
-def task_folder(suite: Suite, task: TransferTask, root: Root) -> Path:
-    """The folder of a task that is not built in.
-
-    Raises:
-        VizattnError: It is not there.
-    """
-    if root is None:
-        raise VizattnError(f"The tasks of {suite.name} need the folder that has them: give --root DIR, or data.root.")
-    folder = task.folder or task.name
-    for path in (Path(root, folder), Path(root, suite.name, folder)):
-        if path.is_dir():
-            return Path(os.path.abspath(path))
-    raise VizattnError(
-        f"There is no folder {folder} of the task {task.name} in {root}. Expected {Path(root, folder)} with "
-        f"{LAYOUTS[task.layout]}.\n{nearest_tree(os.fspath(root))}"
-    )
-
-
 def available(suite: Suite | str, task: TransferTask | str, root: Root = None) -> Availability:
     """Whether a task's files are there; their content is not looked at."""
     suite = get_suite(suite)
@@ -278,20 +259,5 @@ def available(suite: Suite | str, task: TransferTask | str, root: Root = None) -
         folder = task_folder(suite, task, root)
     except VizattnError as error:
         return Availability(str(error).split("\n", 1)[0])
-    missing = [name for split, name in LIST_FILES.items() if split != "trainval" and not (folder / name).is_file()]
+    missing = missing_parts(folder, task)
     return Availability(f"{folder} lacks {', '.join(missing)}." if missing else "")
-
-
-def _listed(folder: Path, task: TransferTask, split: str) -> tuple[list[Entry], str]:
-    """Images and labels of a split, and which file says so."""
-
-    def read(part: str) -> list[Entry]:
-        return read_list(folder / LIST_FILES[part], task.num_classes)
-
-    if split in ("train", "test"):
-        return read(split), str(folder / LIST_FILES[split])
-    train, val = read("train"), read("val")
-    demand_apart({LIST_FILES["train"]: train, LIST_FILES["val"]: val})
-    if split == "val":
-        return val, str(folder / LIST_FILES["val"])
-    return train + val, str(folder)

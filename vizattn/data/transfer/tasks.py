@@ -16,7 +16,7 @@ __all__ = ["LAYOUTS", "SPLITS", "Suite", "TransferTask", "read_suite", "select_t
 SPLITS = ("train", "val", "trainval", "test")
 LAYOUTS = {
     "lists": "train800.txt, val200.txt, train800val200.txt and test.txt, a line an image: images/test/000000.jpg LABEL",
-    "folder": "train/<class>/, val/<class>/ and test/<class>/ with images",
+    "folder": "train/<class>/, val/<class>/ and test/<class>/ with images; without val/, a fifth of train/ is val",
     "json": 'train.json, val.json and test.json, each {"path of an image": label, ...}',
     "builtin": "part of the package, or drawn",
 }
