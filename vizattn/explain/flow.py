@@ -29,7 +29,7 @@ def rollout(model: nn.Module, image: Tensor) -> Tensor:
 
     Read where the model reads: at the class token, at the mean of the patch tokens, or by the weights of the learnt
     queries that pool the tokens. Prompts of an adapter take their share and pass nothing on. For attentions without a
-    softmax the rows of A are brought to sum one, as in the paper.
+    softmax the weights of each head are brought to sum one first.
 
     Args:
         model: A token model (one grid throughout), see `attention_maps`.
@@ -46,9 +46,7 @@ def rollout(model: nn.Module, image: Tensor) -> Tensor:
     layers, pooling = _split(maps)
     total: Tensor | None = None
     for layer in layers:
-        weights = torch.cat([w.mean(1) for _, w in layer.chunks()], dim=1)  # B, N, K
-        if layer.kind == "linear":
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        weights = torch.cat([_shares(layer, w).mean(1) for _, w in layer.chunks()], dim=1)  # B, N, K
         weights = weights[..., : layer.queries]
         step = (weights + torch.eye(layer.queries, dtype=weights.dtype, device=weights.device)) / 2
         total = step if total is None else step @ total
@@ -96,6 +94,14 @@ def relevance(model: nn.Module, image: Tensor, target: int | Tensor | None = Non
                 total = total + _positive(layer, by_name[layer.name])[..., : layer.queries].to(total.dtype) @ total
             rows = [_positive(p, by_name[p.name]).sum(1) for p in pooling]
             return layers[-1].on_grid(_read_row(model, layers[-1], total if rows else total - identity, rows))
+
+
+def _shares(layer: AttentionMap, weights: Tensor) -> Tensor:
+    """The weights of each query and head, brought to sum one where there are any."""
+    if layer.kind != "linear":
+        return weights
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)
 
 
 def _positive(layer: AttentionMap, grad: Tensor) -> Tensor:
