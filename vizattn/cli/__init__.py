@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "classify images, or segment them",
     "publish": "put a bundle or a trained model on the Hugging Face hub",
     "data": "check a folder of images and masks",
+    "bench": "measure speed and memory beside other libraries",
     "weights": "list, fetch, verify and convert released weights",
 }
 
