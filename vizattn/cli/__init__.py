@@ -24,8 +24,11 @@ COMMANDS = {
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
     "predict": "classify images, or segment them",
+    "attend": "show what a model looks at in an image",
+    "export": "write a model as a file for onnxruntime or torch.export",
     "publish": "put a bundle or a trained model on the Hugging Face hub",
     "data": "check a folder of images and masks",
+    "vtab": "measure how backbones transfer with adapters: VTAB-1k and suites like it",
     "bench": "measure speed and memory beside other libraries",
     "weights": "list, fetch, verify and convert released weights",
 }
@@ -60,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(f"vizattn {command}", description=module.__doc__, allow_abbrev=False)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.add_arguments(parser)
-        args, rest = parser.parse_known_intermixed_args(argv[place + 1 :])
+        # Intermixed parsing is for parsers without parts of their own.
+        parse = parser.parse_known_args if parser._subparsers else parser.parse_known_intermixed_args
+        args, rest = parse(argv[place + 1 :])
         debug = debug or args.debug
         if rest:
             kind = "option" if rest[0].startswith("-") else "argument"
-            parser.error(f"unknown {kind} {rest[0]!r}.{_suggest(rest[0], parser._option_string_actions)}")
+            parser.error(f"unknown {kind} {rest[0]!r}.{_suggest(rest[0], _options(parser))}")
         status: int = module.run(args)
         sys.stdout.flush()  # so that a closed pipe shows here, not when the interpreter ends
         return status
@@ -133,6 +138,13 @@ def _top_parser() -> argparse.ArgumentParser:
 def _versions() -> str:
     packages = ("vizattn", "torch", "torchvision", "timm", "mmengine-lite")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser and of its parts."""
+    parts = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    inner = [option for action in parts for part in action.choices.values() for option in _options(part)]
+    return [*parser._option_string_actions, *inner]
 
 
 def _suggest(name: str, choices: Iterable[str]) -> str:

@@ -39,30 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or JSON."""
-    from vizattn.data.folder import has_split_folders
     from vizattn.engine import Trained, as_published, evaluate, load_recipe, load_trained
     from vizattn.engine.config import parse_overrides
     from vizattn.engine.recipes import find_recipe
     from vizattn.engine.runner import is_main_process
     from vizattn.errors import VizattnError
 
-    from .train import folder_data_set
-
     if (args.trained is None) == (args.bundle is None) or (args.pretrained and args.bundle):
         raise VizattnError("Name one thing to measure: a work directory, a recipe, or --bundle DIR.")
     overrides: dict[str, Any] = {"amp": args.amp} if args.amp else {}
-    if args.data is not None:
-        overrides |= {"data.root": args.data}
     overrides |= parse_overrides(args.cfg_options)
     trained: Trained | None = None if args.pretrained else load_trained(_find(args), args.weights)
-    recipe = load_recipe(find_recipe(args.trained)) if trained is None else trained.config
+    recipe = load_recipe(find_recipe(args.trained)) if trained is None else trained.recipe
     split = args.split or "test"
     if args.data is not None:
-        overrides = {"data.name": folder_data_set(recipe)} | overrides
-        if not args.split and overrides["data.name"] == "folder" and not has_split_folders(args.data):
-            split = "all"
+        overrides, split = images_of(args.data, recipe, overrides, args.split)
     if trained is None:
-        trained = as_published(recipe or {}, args.weights, overrides, split)
+        trained = as_published(recipe, args.weights, overrides, split)
     name = args.trained or args.bundle
     metrics = evaluate(trained, split=split, overrides=overrides, device=args.device)
     if not is_main_process():
@@ -89,6 +82,19 @@ def run(args: argparse.Namespace) -> int:
         table.add_row("cross entropy", f"{metrics['loss']:.4f}")
     Console().print(table)
     return 0
+
+
+def images_of(
+    folder: str, recipe: Any, overrides: dict[str, Any] | None = None, split: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Options that set the images of --data in the place of the recipe's, and the split to measure."""
+    from vizattn.data.folder import has_split_folders
+
+    from .train import folder_data_set
+
+    options = {"data.name": folder_data_set(recipe), "data.root": folder} | (overrides or {})
+    whole = options["data.name"] == "folder" and not has_split_folders(folder)
+    return options, split or ("all" if whole else "test")
 
 
 def _find(args: argparse.Namespace) -> Path:

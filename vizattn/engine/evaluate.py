@@ -38,6 +38,12 @@ class Trained:
     palette: list[list[int]] | None = None
     """Colours (red, green, blue) of the classes of a segmenter, each 0 to 255."""
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe it was trained by, or else one that says the task alone."""
+        task = "segmentation" if isinstance(self.model, Segmenter) else "classification"
+        return self.config or {"task": task, "model": {"name": "none"}}
+
 
 def measure(
     model: nn.Module,
@@ -270,7 +276,7 @@ def as_published(
             f"{config['model']['name']} is published with a head of {published} classes, "
             f"but data {config['data']['name']!r} has {len(class_names)}."
         )
-    return Trained(model, class_names, model_preprocessing(model, config["model"]), config)
+    return Trained(model, class_names, model_preprocessing(model, config), config)
 
 
 def evaluate(
@@ -293,9 +299,7 @@ def evaluate(
         VizattnError: No such model or split, or data with other classes than the head's.
     """
     trained = trained if isinstance(trained, Trained) else load_trained(trained)
-    task = "segmentation" if isinstance(trained.model, Segmenter) else "classification"
-    recipe = trained.config or {"task": task, "model": {"name": "none"}}
-    config = resolve_config(apply_overrides(recipe, overrides or {}))
+    config = resolve_config(apply_overrides(trained.recipe, overrides or {}))
     data = build_data(config["data"], [split])
     set_transforms(data, trained.preprocessing, config)
     check_classes(data.class_names, trained.class_names, "the trained model")
