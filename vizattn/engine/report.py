@@ -11,7 +11,7 @@ from typing import Any
 
 from vizattn.files import write_text
 
-__all__ = ["figure_html", "image_html", "paragraph", "table_html", "write_page"]
+__all__ = ["figure_html", "image_html", "paragraph", "png_url", "table_html", "write_page"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -42,20 +42,25 @@ def figure_html(figure: Any, title: str) -> str:
     """A matplotlib figure as an image inside the page; `title` is read out where it cannot be seen."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    return f"<figure>{_image(buffer.getvalue(), title)}</figure>"
+    return f'<figure><img src="{_data_url(buffer.getvalue())}" alt="{html.escape(title)}"></figure>'
 
 
 def image_html(image: Any, caption: str, wrong: bool = False) -> str:
     """A PIL image with a caption, marked where it shows a mistake."""
+    mark = ' class="wrong"' if wrong else ""
+    picture = f'<img src="{png_url(image)}" alt="{html.escape(caption)}">'
+    return f"<figure>{picture}<figcaption{mark}>{html.escape(caption)}</figcaption></figure>"
+
+
+def png_url(image: Any) -> str:
+    """A PIL image as an address that holds it."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    mark = ' class="wrong"' if wrong else ""
-    return f"<figure>{_image(buffer.getvalue(), caption)}<figcaption{mark}>{html.escape(caption)}</figcaption></figure>"
+    return _data_url(buffer.getvalue())
 
 
-def _image(png: bytes, alternative: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}">'
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
