@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from vizattn.data.folder import listed, nearest_tree
 from vizattn.data.images import load_rgb
 from vizattn.data.transfer.layouts import Listing, missing_parts, read_split, task_folder
-from vizattn.data.transfer.mini import images_of
+from vizattn.data.transfer.mini import images_of, missing_data
 from vizattn.data.transfer.suites import get_suite
 from vizattn.data.transfer.tasks import SPLITS, Suite, TransferTask
 from vizattn.errors import VizattnError, unknown
@@ -254,7 +254,7 @@ def available(suite: Suite | str, task: TransferTask | str, root: Root = None) -
     suite = get_suite(suite)
     task = suite.task(task) if isinstance(task, str) else task
     if task.layout == "builtin":
-        return Availability()
+        return Availability(missing_data(task.name))
     try:
         folder = task_folder(suite, task, root)
     except VizattnError as error:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 from vizattn.data.transfer.fgvc import FGVC
-from vizattn.data.transfer.mini import VTAB_MINI
+from vizattn.data.transfer.mini import VTAB_MINI, VTAB_MINI_SKIMAGE
 from vizattn.data.transfer.tasks import Suite, read_suite
 from vizattn.data.transfer.vtab import VTAB_1K
 from vizattn.errors import unknown
 
 __all__ = ["SUITES", "get_suite"]
 
-SUITES = {suite.name: suite for suite in (VTAB_1K, VTAB_MINI, FGVC)}
+SUITES = {suite.name: suite for suite in (VTAB_1K, VTAB_MINI, VTAB_MINI_SKIMAGE, FGVC)}
 
 
 def get_suite(name: Suite | str | os.PathLike[str]) -> Suite:

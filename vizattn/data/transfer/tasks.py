@@ -39,7 +39,6 @@ class TransferTask:
         folder: Relative to the root; by default the name.
         class_names: Where they are known, in the order of the labels.
         notes: How labels are made, what variants exist: for people.
-        requires: An optional package that has the images, by the name pip knows; "" for none.
     """
 
     name: str
@@ -50,7 +49,6 @@ class TransferTask:
     folder: str = ""
     class_names: tuple[str, ...] = ()
     notes: str = ""
-    requires: str = ""
 
 
 @dataclass(frozen=True)
