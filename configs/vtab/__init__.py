@@ -1,0 +1,1 @@
+"""Recipes of transfer to many small tasks, for `vizattn vtab run`."""

@@ -1,0 +1,165 @@
+"""Runs a study: in this process, in several on this machine, or on a Ray cluster; all share the results file.
+
+A unit is held by a lock while it is computed, so two runners on one folder divide the work between them, and one that
+is killed leaves nothing behind but the unit it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vizattn.engine.vtab.plan import Study, Unit, finished, ready
+from vizattn.engine.vtab.results import Line, Results
+from vizattn.errors import VizattnError
+from vizattn.files import explain_disk_errors, prepare_folder
+
+__all__ = ["Report", "run_study"]
+
+Report = Callable[[list[Line]], None]
+"""Called with the lines that are new in the results file, whoever wrote them."""
+
+_PAUSE = 0.5
+_DEATHS = 2
+"""A unit at which so many processes died is given up."""
+
+
+def run_study(
+    study: Study, folder: Path, *, workers: int = 1, ray: str | None = None, report: Report | None = None
+) -> None:
+    """Compute every cell that has no line in ``folder/results.jsonl`` yet, and return when all have one.
+
+    Args:
+        study: What to compute.
+        folder: Where results and bundles go; on a Ray cluster a folder of this machine.
+        workers: Processes on this machine. With one, the work is done here.
+        ray: Address of a Ray cluster ("local" for one on this machine), which then does the work.
+        report: See `Report`.
+
+    Raises:
+        VizattnError: A disk that cannot be written, a results file of a newer version, or no Ray.
+    """
+    report = report or (lambda lines: None)
+    with explain_disk_errors(folder, "choose another folder with --out"):
+        prepare_folder(folder)
+        results = Results(folder)
+        results.read()
+        if ray is not None:
+            from vizattn.engine.vtab.cluster import run_on_ray
+
+            run_on_ray(study, results, ray, report)
+        elif workers == 1:
+            for unit in _units(study, results, report):
+                _compute(study, unit, results)
+        else:
+            _run_workers(study, results, workers, report)
+        report(results.read())
+        shutil.rmtree(folder / "running", ignore_errors=True)
+
+
+def _units(study: Study, results: Results, report: Report) -> Iterator[Unit]:
+    """Units to compute here, each held by this process; ends when nothing is left to anyone."""
+    while True:
+        report(results.read())
+        for unit in ready(study, results):
+            with results.claim(unit.id) as held:
+                if not held:
+                    continue
+                report(results.read())
+                now = next((u for u in ready(study, results) if u.id == unit.id), None)
+                if now is not None:  # nobody has done it meanwhile
+                    yield now
+                    break
+        else:
+            if finished(study, results):
+                return
+            time.sleep(_PAUSE)  # others are at what is left
+
+
+def _compute(study: Study, unit: Unit, results: Results) -> None:
+    from vizattn.engine.vtab.cells import run_unit
+
+    for lines in run_unit(study, unit, results.folder):
+        results.append(lines)
+
+
+def _run_workers(study: Study, results: Results, workers: int, report: Report) -> None:
+    """Processes that each do what a single one would do; one that dies is replaced."""
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    working: dict[int, str | None] = {}
+    deaths: Counter[str] = Counter()
+
+    def start() -> Any:
+        process = context.Process(target=_work, args=(study, str(results.folder), threads, messages), daemon=True)
+        process.start()
+        return process
+
+    processes = [start() for _ in range(workers)]
+    try:
+        while processes:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    number, unit = messages.get(timeout=_PAUSE)
+                    working[number] = unit
+            report(results.read())
+            for process in [p for p in processes if not p.is_alive()]:
+                processes.remove(process)
+                unit = working.pop(process.pid, None)
+                if process.exitcode == 0:
+                    continue
+                if unit is None:
+                    raise VizattnError(f"A worker ended with {_ending(process.exitcode)} before it had any work.")
+                deaths[unit] += 1
+                if deaths[unit] >= _DEATHS:
+                    _give_up(study, unit, results, _ending(process.exitcode))
+                processes.append(start())
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"status {code}"
+    name = signal.Signals(-code).name
+    return f"{name}{' (killed, perhaps for want of memory)' if name == 'SIGKILL' else ''}"
+
+
+def _give_up(study: Study, unit_id: str, results: Results, ending: str) -> None:
+    from vizattn.engine.vtab.cells import failed_lines
+
+    results.read()
+    unit = next((unit for unit in ready(study, results) if unit.id == unit_id), None)
+    if unit is not None:
+        error = VizattnError(f"{_DEATHS} processes that computed it died, the last by {ending}.")
+        results.append(failed_lines(study, unit, error))
+
+
+def _work(study: Study, folder: str, threads: int, messages: Any) -> None:
+    """One worker: units until nothing is left, each told to the parent."""
+    import torch
+
+    import vizattn  # noqa: F401  (registers the backbones)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    torch.set_num_threads(threads)
+    results = Results(folder)
+    for unit in _units(study, results, lambda lines: None):
+        messages.put((os.getpid(), unit.id))
+        _compute(study, unit, results)
+    messages.put((os.getpid(), None))
+    messages.close()
+    messages.join_thread()
