@@ -146,7 +146,9 @@ def encode_map(attention: AttentionMap, token_names: Sequence[str], budget: int)
     distance = stored_queries(attention, budget)
     height, width = attention.query_grid
     if height * width == 0:
-        tokens = [f"query {i + 1}" for i in range(attention.query_prefix)]
+        tokens = [f"learnt query {i + 1}" for i in range(attention.query_prefix)]
+        if attention.query_prefix == 1:
+            tokens = ["the learnt query of each head"]
     else:
         tokens = list(token_names)[-attention.query_prefix :] if attention.query_prefix else []
     first = attention.query_prefix - len(tokens)
