@@ -50,6 +50,7 @@ def test_a_run_writes_its_results_and_a_model_that_evaluates_the_same(recipe: di
         "config.json",
         "metrics.jsonl",
         "model",
+        "report.html",
         "results.json",
         "train.log",
     ]

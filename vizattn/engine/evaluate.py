@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import BaseMetric, Evaluator
 from torch import nn
 
 from vizattn.engine.build import build_data, check_classes, choose_device, make_loader, set_transforms
@@ -51,8 +51,12 @@ def measure(
     config: Mapping[str, Any],
     device: torch.device,
     class_names: list[str],
+    also: Sequence[BaseMetric] = (),
 ) -> dict[str, Any]:
-    """Metrics of `model` on `dataset`, from images, by mmengine's test loop; exact over several processes."""
+    """Metrics of `model` on `dataset`, from images, by mmengine's test loop; exact over several processes.
+
+    Those of `also` see the same predictions.
+    """
     kind = kind_of(config)
     loader = make_loader(dataset, config, device, train=False)
     with tempfile.TemporaryDirectory() as scratch:  # the Runner wants to log; a bundle may be read-only
@@ -64,7 +68,7 @@ def measure(
             name="eval",
             test_dataloader=loader,
             test_cfg={},
-            test_evaluator=Evaluator(kind.build_metric(class_names)),
+            test_evaluator=Evaluator([kind.build_metric(class_names), *also]),
             default_hooks={"logger": None, "checkpoint": None, "timer": None, "param_scheduler": None},
             visualizer={"type": "Visualizer", "vis_backends": []},
         )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from torch import nn
 
+from vizattn.engine import classification_report, segmentation_report
 from vizattn.engine.metrics import ClassificationMetric
 from vizattn.engine.models import build_model, build_segmenter
+from vizattn.engine.run_report import Measured
 from vizattn.engine.segmentation import SegmentationMetric, SegmentationTask, inference_options, pair
-from vizattn.engine.segmentation_report import write_report
 from vizattn.engine.task import ClassificationTask, Source
 
 __all__ = ["KINDS", "Kind", "kind_of"]
@@ -37,8 +39,10 @@ class Kind:
     """From the preprocessing, the recipe's data section, and whether it is for training."""
     eval_batch_size: Callable[[Mapping[str, Any]], int]
     """Images at a time without gradients, from the recipe's data section."""
-    report: Callable[..., None] | None = None
-    """Writes a page about a run, see `vizattn.engine.segmentation_report`."""
+    report: Callable[[Path, Any, Measured], None]
+    """Writes a page about a run to a path, from what `train` gives and the split that was measured last."""
+    record: Callable[[], BaseMetric] | None = None
+    """Keeps, while that split is measured, what the page needs of it."""
 
 
 def _classification_task(model: nn.Module, config: Mapping[str, Any], num_classes: int, source: Source) -> BaseModel:
@@ -76,6 +80,8 @@ KINDS: dict[str, Kind] = {
         build_metric=ClassificationMetric,
         build_transform=_classification_transform,
         eval_batch_size=lambda data: max(64, data["batch_size"]),
+        report=classification_report.write_report,
+        record=classification_report.PredictionRecord,
     ),
     "segmentation": Kind(
         best="miou",
@@ -85,7 +91,7 @@ KINDS: dict[str, Kind] = {
         build_metric=SegmentationMetric,
         build_transform=_segmentation_transform,
         eval_batch_size=lambda data: 1,  # images of any size
-        report=write_report,
+        report=segmentation_report.write_report,
     ),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from vizattn.engine.pictures import Palette, legend, overlay, plain_item, segment
 from vizattn.engine.report import figure_html, image_html, paragraph, table_html, write_page
+from vizattn.engine.run_report import Measured, image_name, result_rows, sections_about, training_section
 from vizattn.engine.segmentation import confusion, iou_of
 
 __all__ = ["write_report"]
@@ -22,27 +22,24 @@ _LOOKED_AT = 100
 _SHOWN = 4
 
 
-def write_report(path: Path, result: Any, task: nn.Module, split: str, dataset: Any, palette: Palette) -> None:
+def write_report(path: Path, result: Any, measured: Measured) -> None:
     """Write the page.
 
     Args:
         path: The HTML file.
-        result: What `train` gives; its metrics of `split` are shown.
-        task: The trained `SegmentationTask`, in evaluation mode.
-        split: Name of the split that `dataset` is.
-        dataset: Images to look for the best and the worst in: at most 100 of them, spread evenly.
-        palette: Colours of the classes.
+        result: What `train` gives; its metrics of the split are shown.
+        measured: The split, in which the best and the worst images are looked for: among at most 100, spread evenly.
     """
+    split, dataset, palette = measured.split, measured.dataset, measured.palette
+    assert palette is not None
     metrics = result.metrics[split]
     means = [(title, f"{metrics[key]:.2%}") for key, title in (("miou", "mIoU"), ("macc", "mAcc"), ("aacc", "aAcc"))]
     rows = [
         *means,
         ("images", metrics["samples"]),
-        ("trained parameters", f"{result.params['with_head']:,} of {result.params['total']:,}"),
-        ("seconds", result.seconds),
-        ("peak memory (MB)", result.peak_memory_mb),
+        *result_rows(result),
     ]
-    looked = _look(task, dataset, len(result.class_names))
+    looked = _look(measured.task, dataset, len(result.class_names))
     shown = _pictures(looked, dataset, palette)
     how = paragraph(
         f"By mIoU, among {len(looked)} of {len(dataset)} images of {split}. From left: image, labels, prediction; "
@@ -54,11 +51,10 @@ def write_report(path: Path, result: Any, task: nn.Module, split: str, dataset: 
         [
             (f"Result on {split}", table_html(("measure", "value"), rows)),
             ("IoU of each class", figure_html(_bars(metrics["iou_per_class"], palette), "IoU of each class")),
-            ("Training", figure_html(_curves(Path(result.work_dir) / "metrics.jsonl"), "Loss and validation mIoU")),
+            training_section(result, "miou", "mIoU"),
             ("Worst and best images", how + "".join(shown)),
             ("Classes", image_html(legend(result.class_names, palette), "colours of the classes")),
-            ("How", table_html(("what", "value"), [("command", result.command), *result.versions.items()])),
-            ("Recipe", f"<pre>{json.dumps(result.config, indent=2)}</pre>"),
+            *sections_about(result),
         ],
     )
 
@@ -86,8 +82,7 @@ def _pictures(looked: Sequence[tuple[float, int, np.ndarray]], dataset: Any, pal
         picture.thumbnail((1200, 400))
         enlarged = max(1, 160 // picture.height)
         picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST)
-        name = Path(dataset.paths[place]).name if hasattr(dataset, "paths") else f"image {place}"
-        pictures.append(image_html(picture, f"{name}: mIoU {iou:.2%}"))
+        pictures.append(image_html(picture, f"{image_name(dataset, place)}: mIoU {iou:.2%}"))
     return pictures
 
 
@@ -102,19 +97,4 @@ def _bars(iou: dict[str, float | None], palette: Palette) -> Any:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("IoU")
-    return figure
-
-
-def _curves(path: Path) -> Any:
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [(line["iteration"], line["loss"]) for line in lines if "loss" in line]
-    measured = [(line["iteration"], line["val"]["miou"]) for line in lines if "val" in line]
-    figure = Figure(figsize=(9, 3))
-    for axes, points, title in zip(figure.subplots(1, 2), (losses, measured), ("loss", "validation mIoU")):
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="." if len(points) < 30 else None)
-        axes.set_xlabel("iteration")
-        axes.set_title(title)
-    figure.tight_layout()
     return figure

@@ -36,6 +36,7 @@ from vizattn.engine.optim import EpochOptimWrapper, build_optimizer, build_sched
 from vizattn.engine.pictures import OverlayHook
 from vizattn.engine.progress import ProgressCallback, ProgressHook, display_for
 from vizattn.engine.recipes import load_recipe, recipe_name
+from vizattn.engine.run_report import Measured
 from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import Source
@@ -216,11 +217,12 @@ class _Run:
         state = self._state_to_resume(header)
         self._make_room()
         best = self._fit(model, data, header, state)
-        metrics: dict[str, dict[str, Any]] = {
-            split: measure(model, data.splits[split], config, self.device, class_names)
-            for split in ("val", "test")
-            if split in data.splits
-        }
+        record = self.kind.record() if self.report and self.kind.record else None
+        measured = [split for split in ("val", "test") if split in data.splits]
+        metrics: dict[str, dict[str, Any]] = {}
+        for split in measured:
+            also = [record] if record and split == measured[-1] else []
+            metrics[split] = measure(model, data.splits[split], config, self.device, class_names, also)
         result = Result(
             work_dir=str(self.work_dir),
             metrics=metrics,
@@ -243,17 +245,19 @@ class _Run:
             export(model, Path(result.exported), config, class_names, preprocessing, metrics, palette)
             summary = {key: value for key, value in vars(result).items() if key not in ("model", "main_process")}
             write_text(self.work_dir / "results.json", json.dumps(summary, indent=2) + "\n")
-            if self.report and self.kind.report and metrics:
-                split = [*metrics][-1]
+            if self.report and measured:
+                split = measured[-1]
                 task = self.kind.build_task(model, config, len(class_names), "images").eval()
-                self.kind.report(self.work_dir / "report.html", result, task, split, data.splits[split], palette)
+                looked_at = Measured(split, data.splits[split], task, palette, record)
+                self.kind.report(self.work_dir / "report.html", result, looked_at)
         return result
 
     def _make_room(self) -> None:
         """Without `resume`, set checkpoints of an earlier run aside; clear what a killed process left."""
         if self.rank == 0:
             if not self.resume:
-                (self.work_dir / "results.json").unlink(missing_ok=True)
+                for name in ("results.json", "report.html"):
+                    (self.work_dir / name).unlink(missing_ok=True)
                 if checkpoints_in(self.checkpoints):
                     aside = self.work_dir / "checkpoints.previous"
                     shutil.rmtree(aside, ignore_errors=True)
