@@ -201,7 +201,84 @@ def test_disabled_adapters_leave_no_trace_in_the_maps() -> None:
     assert vizattn.attention_maps(net, rows.images())[1].keys == plain.shape[-1] + 3
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilevit_xxs", "crossvit_9_240"])
-def test_models_without_known_maps_are_refused(name: str) -> None:
+#: Parts of timm's that few models have.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixed rotations": ("vit_small_patch16_rope_mixed_224", {}),
+    "rotations and absolute positions": ("vit_small_patch16_rope_ape_224", {}),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
+    "layer scale": ("deit3_small_patch16_224", {}),
+    "normed heads": ("eva02_tiny_patch14_224", {"scale_attn_inner": True}),
+    "normed queries": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "one bias for all blocks": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    "convolutional stem": ("vit_tiny_r_s16_p8_224", {"patch_size": 1}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_timm(variant: str) -> None:
+    torch.manual_seed(0)
+    name, options = VARIANTS[variant]
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
+    model = timm.create_model(name, **{**sizes, **options}).eval().double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    check(model, rows.images().double())
+    assert vizattn.relevance(model, rows.images().double()).shape[0] == 2
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, "swin", "swinv2", "eva02", "beit"])
+def test_bfloat16(family: str) -> None:
+    model = families.create(family) if family in families.FAMILIES else rows.create(family)
+    images = families.images((32, 32))
+    exact = vizattn.attention_maps(model, images)
+    for maps in (
+        vizattn.attention_maps(copy.deepcopy(model).bfloat16(), images.bfloat16()),
+        under_autocast(model, images),
+    ):
+        for rough, fine in zip(maps, exact, strict=True):
+            weights, expected = rough.weights().float(), fine.weights()
+            if rough.kind not in ("routing", "linear"):  # another choice of regions, another scale
+                torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=0.02, atol=0.02)
+            assert (weights - expected).abs().mean() < 0.2 * expected.abs().mean()
+
+
+def under_autocast(model: nn.Module, images: Tensor) -> list[AttentionMap]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return vizattn.attention_maps(model, images)
+
+
+@pytest.mark.parametrize(
+    "compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager")]
+)
+def test_compiled_models(compiled: Any) -> None:
+    net = rows.create("vit")
+    expected = vizattn.relevance(net, rows.images())
+    model = compiled(net)
+    model = net if model is None else model  # in place
+    model(rows.images())  # compiled without hooks
+    assert len(vizattn.attention_maps(model, rows.images())) == 4
+    torch.testing.assert_close(vizattn.relevance(model, rows.images()), expected)
+
+
+@pytest.mark.parametrize("family", ["efficientvit", "halonet", "biformer"])
+def test_fused_models(family: str) -> None:
+    model, images = families.create(family).double(), families.images((32, 32)).double()
+    before = vizattn.attention_maps(model, images)
+    for fused, plain in zip(vizattn.attention_maps(vizattn.fuse(model), images), before, strict=True):
+        torch.testing.assert_close(fused.weights(), plain.weights())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet10t", {}),
+        ("mobilevit_xxs", {}),
+        ("crossvit_9_240", {}),
+        ("pit_ti_224", {}),
+        ("cait_xxs24_224", {"depth": 1}),
+        ("vit_small_patch16_18x2_224", {"depth": 1}),  # two attentions side by side
+    ],
+)
+def test_models_without_known_maps_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(VizattnError, match=r"No attention maps are known of \w+.*vizattn's backbones"):
-        vizattn.attention_maps(timm.create_model(name), torch.randn(1, 3, 240, 240))
+        vizattn.attention_maps(timm.create_model(name, **options), torch.zeros(1, 3, 32, 32))

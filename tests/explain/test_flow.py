@@ -23,6 +23,7 @@ CASES = [
     ("vit_va", "efficient_probing"),
     ("vit", None),
     ("vit", "efficient_probing"),
+    ("vit", "gates"),
     ("deit_distilled", None),
     ("dinov2_reg", None),
     ("dinov3", None),
@@ -33,7 +34,12 @@ CASES = [
 
 def make(model: str, method: str | None) -> nn.Module:
     net = rows.create(model).double()
-    if method:
+    if method == "gates":  # as an option of timm's attention, which no model of these has
+        torch.manual_seed(5)
+        for block in describe(net).blocks:
+            block.attn.gate = nn.Linear(48, 48, dtype=torch.float64)
+            block.attn.norm = nn.LayerNorm(48, dtype=torch.float64)
+    elif method:
         torch.manual_seed(5)
         vizattn.attach(net, rows.METHODS[method][0], **rows.METHODS[method][1])
         rows.randomise(net.double())
@@ -93,8 +99,10 @@ def test_rollout(model: str, method: str | None) -> None:
         assert bool((got.sum((1, 2)) <= 1 + 1e-9).all())
 
 
-@pytest.mark.parametrize("target", [None, 3, torch.tensor([4, 0])])
-@pytest.mark.parametrize(("model", "method"), CASES)
+@pytest.mark.parametrize(
+    ("model", "method", "target"),
+    [*((*case, None) for case in CASES), ("vit", None, 3), ("vit", None, torch.tensor([4, 0]))],
+)
 def test_relevance(model: str, method: str | None, target: Any) -> None:
     net, images = make(model, method), rows.images().double()
     got = vizattn.relevance(net, images, target)

@@ -160,7 +160,11 @@ def describe(model: nn.Module) -> Anatomy:
     known = [b.block for b in blocks]
     stack: Any = model.blocks if isotropic else []
     last: Any = (model.feature_info if source is None else source.feature_info.get_dicts())[-1]  # type: ignore[index]
-    odd = [type(b).__name__ + f" with {type(b.attn).__name__}" * hasattr(b, "attn") for b in stack if b not in known]
+    odd = [
+        type(b).__name__ + (f" with {type(b.attn).__name__}" if hasattr(b, "attn") else "")
+        for b in stack
+        if b not in known
+    ]
     if family is None or not blocks or odd:
         why = f" (its blocks are {odd[0]})" if odd and family else ""
         raise VizattnError(

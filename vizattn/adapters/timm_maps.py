@@ -110,6 +110,8 @@ def _(attn: Any, call: AttentionCall) -> AttentionMap:
     else:
         query = query * attn.scale
         bias = attn._get_rel_pos_bias()[0]
+    wide = torch.promote_types(key.dtype, torch.float32)
+    query, key = query.to(wide), key.to(wide)
     mask = call.options.get("mask")
     extra_key = extra_value = value.new_empty(*value.shape[:2], 0, value.shape[-1])
     if call.extra_kv is not None:
@@ -121,8 +123,7 @@ def _(attn: Any, call: AttentionCall) -> AttentionMap:
         scores = torch.einsum("bhnd,bhnld->bhnl", q, key[:, :, window]) + bias[:, position]
         if mask is not None:
             scores = scores + mask[window, position]
-        scores = torch.cat([scores, q @ extra_key.transpose(2, 3)], dim=3)
-        weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+        weights = torch.cat([scores, q @ extra_key.to(wide).transpose(2, 3)], dim=3).softmax(-1)
         out = weights.new_zeros(*weights.shape[:3], area + windows.padding)
         index = windows.token[window].expand(*weights.shape[:2], -1, -1)
         # Padding comes last, after the prompts, as in `values`.

@@ -221,11 +221,11 @@ def _halo_map(
 
     def bias(queries: Tensor) -> Tensor:
         parts = []
-        q = query[:, :, prefix + queries]
+        q = query[:, :, prefix + queries].to(torch.promote_types(query.dtype, torch.float32))
         seen = (along(queries // query_grid[1], 0), along(queries % query_grid[1], 1))
         for axis, table in zip(seen, (attn.height_rel, attn.width_rel)):
             rows = axis.offset.clamp(0, len(table) - 1)
-            parts.append((q @ table.t()).gather(-1, rows.expand(*q.shape[:2], -1, -1)))
+            parts.append((q @ table.t().to(q.dtype)).gather(-1, rows.expand(*q.shape[:2], -1, -1)))
         by_offset = (parts[0].unsqueeze(-1) + parts[1].unsqueeze(-2)).flatten(3) + local_bias(*seen)
         return by_offset if order is None else by_offset[..., order]
 

@@ -14,7 +14,7 @@ from vizattn.adapters import attached
 from vizattn.adapters.anatomy import core
 from vizattn.attention.maps import AttentionMap
 from vizattn.errors import VizattnError
-from vizattn.explain.record import attention_maps, read, record
+from vizattn.explain.record import attention_maps, read, record, uncompiled
 from vizattn.heads import Segmenter
 
 __all__ = ["relevance", "rollout"]
@@ -41,6 +41,7 @@ def rollout(model: nn.Module, image: Tensor) -> Tensor:
     Raises:
         VizattnError: A pyramid, or an adapter whose answer comes from a side network.
     """
+    model = uncompiled(model)
     _check(model, "rollout")
     maps = attention_maps(model, image)
     layers, pooling = _split(maps)
@@ -73,6 +74,7 @@ def relevance(model: nn.Module, image: Tensor, target: int | Tensor | None = Non
         VizattnError: A pyramid, a segmenter, a model without classes, an adapter whose answer comes from a side
             network, or a class that does not exist.
     """
+    model = uncompiled(model)
     _check(model, "relevance")
     images = (image[None] if image.ndim == 3 else image).detach().requires_grad_()
     with record(model, heads=True) as recordings:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vizattn.adapters.anatomy import core
+from vizattn.adapters.anatomy import core, describe
 from vizattn.adapters.efficient_probing import EfficientProbe
 from vizattn.adapters.timm_maps import heads_enter
 from vizattn.attention import mechanism_maps  # noqa: F401  (registers the mechanisms)
 from vizattn.attention.maps import AttentionCall, AttentionMap, map_of
 from vizattn.errors import VizattnError
 
-__all__ = ["Recording", "attention_maps", "record"]
+__all__ = ["Recording", "attention_maps", "read", "record", "uncompiled"]
 
 
 @dataclass
@@ -52,11 +52,18 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
     Raises:
         VizattnError: The model has attentions whose maps are not known, or none at all.
     """
-    images = image[None] if image.ndim == 3 else image
+    model, images = uncompiled(model), image[None] if image.ndim == 3 else image
     with torch.no_grad(), record(model) as recordings:
         model(images)
     with torch.no_grad(), _evaluation(model):
         return read(model, recordings, images)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` gives."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def read(model: nn.Module, recordings: list[Recording], images: Tensor) -> list[AttentionMap]:
@@ -112,7 +119,7 @@ def record(model: nn.Module, heads: bool = False) -> Iterator[list[Recording]]:
         elif heads:
             handles.append(heads_enter(seen.attn).register_forward_pre_hook(_Watched(seen).heads))
     try:
-        with _evaluation(model):
+        with _evaluation(model), torch.compiler.set_stance("force_eager"):  # compiled code does not see new hooks
             yield recordings
     finally:
         for handle in handles:
@@ -151,22 +158,24 @@ class _Watched:
 
 def _attentions(model: nn.Module) -> list[Recording]:
     inner = core(model)
-    unknown_class = map_of.dispatch(nn.Module)
-    found: list[Recording] = []
-    for name, module in inner.named_modules():
-        if map_of.dispatch(type(module)) is not unknown_class:
-            found.append(Recording(name, module, inner.get_submodule(name.rpartition(".")[0])))
-    seen = {id(recording.attn) for recording in found}
-    odd = [
-        type(module.attn).__name__
+    nobody = map_of.dispatch(nn.Module)
+    found = [
+        Recording(name, module, inner.get_submodule(name.rpartition(".")[0]))
         for name, module in inner.named_modules()
-        if isinstance(getattr(module, "attn", None), nn.Module)
-        and id(module.attn) not in seen
-        and not name.startswith("adapters.")  # side networks look at the backbone, not at the image
+        if map_of.dispatch(type(module)) is not nobody
     ]
-    if odd or not found:
-        why = f" (its attention is {odd[0]})" if odd else ""
+    seen = {id(recording.attn) for recording in found}
+    odd = set()
+    try:
+        odd = {type(block.attn).__name__ for block in describe(model).blocks if id(block.attn) not in seen}
+        # Side networks look at the backbone, not at the image.
+        odd -= {type(m.attn).__name__ for m in getattr(inner, "adapters", nn.Module()).modules() if hasattr(m, "attn")}
+        known = not odd
+    except VizattnError:
+        known = False
+    if not known:
         kind = type(inner).__name__.removeprefix("Adapted")
+        why = f" (its attention is {', '.join(sorted(odd))})" if odd else ""
         raise VizattnError(
             f"No attention maps are known of {kind}{why}. They are of vizattn's backbones, and of "
             "timm's VisionTransformer, Eva, Beit, SwinTransformer and SwinTransformerV2."
