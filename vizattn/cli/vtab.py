@@ -215,18 +215,22 @@ def _show(results: Any, suite: Any, to: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vizattn.engine.vtab.report import summary_table, write_reports
+    from vizattn.engine.vtab.report import summary_table, task_table, write_reports
     from vizattn.engine.vtab.tables import rows_of
 
     paths = write_reports(results, suite, to)
-    header, body = summary_table(rows_of(results.cells(), suite), suite)
+    rows = rows_of(results.cells(), suite)
     console = Console(highlight=False) if Console().is_terminal else Console(width=140, highlight=False)
-    table = Table(title=f"{suite.name}: test accuracy, %")
-    for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place in (0, 1, len(header) - 1) else "right")
-    for cells in body:
-        table.add_row(*cells)
-    console.print(table)
+    tables = [(f"{suite.name}: test accuracy, %", summary_table(rows, suite))]
+    if len(rows) < 5:
+        tables.append(("by task, with standard deviation (and number) of seeds", task_table(rows, suite)))
+    for title, (header, body) in tables:
+        table = Table(title=title)
+        for place, name in enumerate(header):
+            table.add_column(name, justify="left" if place < 2 else "right")
+        for cells in body:
+            table.add_row(*cells)
+        console.print(table)
     if results.torn:
         console.print(f"{results.torn} lines of {results.path} cannot be read and were left out.")
     console.print("Report: " + ", ".join(map(str, paths)), soft_wrap=True)

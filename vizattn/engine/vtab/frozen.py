@@ -54,12 +54,17 @@ def can_batch(model: nn.Module, config: Mapping[str, Any]) -> bool:
 
 def _only_linear(model: nn.Module) -> bool:
     """Whether nothing trains but the classifier and the probe in front of it."""
-    parts: list[nn.Module] = [core(model).get_classifier()]
+    parts: list[nn.Module] = [_classifier(model)]
     probe = _probe(model)
     if probe is not None:
         parts.append(probe)
     own = {id(parameter) for part in parts for parameter in part.parameters()}
     return isinstance(parts[0], nn.Linear) and own == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def _classifier(model: nn.Module) -> Any:
+    inner: Any = core(model)
+    return inner.get_classifier()
 
 
 def _probe(model: nn.Module) -> Any:
@@ -74,7 +79,7 @@ def inputs_of(model: nn.Module, features: Tensor) -> Tensor:
 
 def _start(model: nn.Module, settings: int) -> Params:
     """The parameters as the model has them now, once for each setting."""
-    head: Any = core(model).get_classifier()
+    head = _classifier(model)
     found = {"weight": head.weight, "bias": head.bias}
     probe = _probe(model)
     if probe is not None:
@@ -85,7 +90,7 @@ def _start(model: nn.Module, settings: int) -> Params:
 
 def put(model: nn.Module, params: Mapping[str, Tensor], setting: int) -> None:
     """Give the model the parameters of one setting."""
-    head: Any = core(model).get_classifier()
+    head = _classifier(model)
     places = {"weight": head.weight, "bias": head.bias}
     probe = _probe(model)
     if probe is not None:

@@ -23,13 +23,13 @@ from vizattn.engine.build import choose_device, make_loader
 from vizattn.engine.evaluate import export
 from vizattn.engine.features import cache_folder, cached_features, feature_key
 from vizattn.engine.kinds import kind_of
-from vizattn.memory import PeakMemory
 from vizattn.engine.models import build_model, model_preprocessing
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import frozen_features_each
 from vizattn.engine.vtab.frozen import Params, can_batch, inputs_of, put, right_answers, train_probes
 from vizattn.engine.vtab.plan import Cell, Study, Unit
 from vizattn.errors import VizattnError
+from vizattn.memory import PeakMemory
 
 __all__ = ["run_probes"]
 
@@ -99,7 +99,7 @@ def run_probes(study: Study, unit: Unit, staging: Path) -> list[tuple[Cell, dict
                 error = VizattnError("Training diverged: its parameters are no longer numbers.")
                 outcomes.append((cell, error))
                 continue
-            found = {**common, "accuracy": counts[place] / samples, "model": group.model}
+            found: dict[str, Any] = {**common, "accuracy": counts[place] / samples, "model": group.model}
             if cell.stage == "final":
                 put(group.model, group.params, place)
                 found["exported"] = staging / cell.key

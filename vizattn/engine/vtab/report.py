@@ -67,7 +67,7 @@ def summary_table(rows: Sequence[Row], suite: Suite) -> Table:
     """Group means, the mean of these and the mean over all tasks, in per cent; a gap where a task is missing."""
     groups, count = suite.groups, len(suite.tasks)
     header = ["backbone", "method", *groups, f"mean-{len(groups)}", f"mean-{count}"]
-    header += ["trained, with head", "without head", "missing tasks"]
+    header += ["trained, with head", "without head", "tasks"]
     body = [
         [
             row.backbone,
@@ -77,7 +77,7 @@ def summary_table(rows: Sequence[Row], suite: Suite) -> Table:
             _number(row.mean_tasks(suite)),
             _count(row.params("with_head")),
             _count(row.params("without_head")),
-            ", ".join(row.missing(suite)) or "none",
+            f"{len(row.scores)} of {count}",
         ]
         for row in rows
     ]
@@ -163,10 +163,12 @@ def _notes(rows: Sequence[Row], suite: Suite) -> list[str]:
     for row in rows:
         for task, reason in row.failures.items():
             notes.append(f"{row.name} on {row.backbone} has no result for {task}: {reason}")
+        never = [task for task in row.missing(suite) if task not in row.failures]
+        if never:
+            notes.append(f"{row.name} on {row.backbone} was not run on {', '.join(never)}.")
         if row.failed_settings:
             notes.append(f"{row.name} on {row.backbone}: {row.failed_settings} cells of its selections failed.")
-    missing = {row.name: row.missing(suite) for row in rows}
-    if any(missing.values()):
+    if any(row.missing(suite) for row in rows):
         notes.append("Means are given only where every task they run over is there.")
     return notes
 
