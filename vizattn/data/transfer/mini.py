@@ -130,9 +130,9 @@ _ROWS = {
     ),
     "terrain": _Row(
         "specialized",
-        tuple(f"relief grade {grade}" for grade in range(5)),
+        tuple(f"steepness {grade}" for grade in range(5)),
         _terrain,
-        "relief of real terrain in five grades, from hillshades of the Jacksboro fault's elevation model in matplotlib",
+        "mean slope of real terrain in five grades, from elevations around the Jacksboro fault that matplotlib ships",
         files=(terrain.FILE,),
     ),
     "dsprites_loc": _Row(

@@ -1,4 +1,4 @@
-"""Relief of real terrain: hillshades of the elevation model of the Jacksboro fault (SRTM) that matplotlib ships."""
+"""Steepness of real terrain, seen in the elevation model of the Jacksboro fault (SRTM) that matplotlib ships."""
 
 from __future__ import annotations
 
@@ -15,34 +15,29 @@ FILE = "jacksboro_fault_dem.npz"
 CROP = 24
 """Side of a crop in pixels of 90 m."""
 
-GRADES = (161, 252, 329, 419)
-"""Between the five grades: greatest minus least elevation of a crop, in metres. They part the whole map in fifths."""
+GRADES = (0.152, 0.203, 0.259, 0.299)
+"""Between the five grades: mean slope of a crop, rise over run. They part the whole map in fifths."""
 
 _CELL = 28
 _PIXEL = 90.0  # metres, three seconds of arc
 
 
 def terrain(split: str, count: int) -> tuple[np.ndarray, list[int]]:
-    """Hillshades uint8 (count, 24, 24) and the grades of their relief, 0 to 4; splits share no part of the map."""
+    """Elevations as grey, uint8 (count, 24, 24), and grades of slope, 0 to 4; splits share no part of the map."""
     rng = Hashed(f"vtab-mini/terrain/{split}", np.arange(count))
-    elevation, shade = _map()
-    corners = cells_of("vtab-mini/terrain", elevation.shape, _CELL, split)
+    grey, slope = _map()
+    corners = cells_of("vtab-mini/terrain", grey.shape, _CELL, split)
     places = corners[(rng.block(1)[:, 0] * len(corners)).astype(np.int64)]
-    tops, lefts = (places + (rng.block(2) * (_CELL - CROP + 1)).astype(np.int64)).T
-    images, labels = [], []
-    for top, left in zip(tops, lefts):
-        part = elevation[top : top + CROP, left : left + CROP]
-        labels.append(int(np.searchsorted(GRADES, part.max() - part.min(), side="right")))
-        images.append(shade[top : top + CROP, left : left + CROP])
-    return np.stack(images), labels
+    places += (rng.block(2) * (_CELL - CROP + 1)).astype(np.int64)
+    windows = [(slice(top, top + CROP), slice(left, left + CROP)) for top, left in places]
+    steepness = [slope[window].mean() for window in windows]
+    return np.stack([grey[window] for window in windows]), np.searchsorted(GRADES, steepness, side="right").tolist()
 
 
 @functools.cache
 def _map() -> tuple[np.ndarray, np.ndarray]:
-    """Elevation in metres and its hillshade uint8, both (344, 403); the sun is in the north-west, 45 degrees high."""
+    """Elevation as uint8, from the lowest to the highest point, and slope; both (344, 403)."""
     with np.load(file_of(FILE)) as file:
-        elevation = file["elevation"].astype(np.int64)
-    down, right = np.gradient(elevation / _PIXEL)
-    # Of the surface's normal (-right, -down, 1) and the direction to the sun, up and to the left.
-    light = (0.5 * right + 0.5 * down + 0.5**0.5) / np.sqrt(right**2 + down**2 + 1)
-    return elevation, np.rint(255 * light.clip(0, 1)).astype(np.uint8)
+        elevation = file["elevation"].astype(np.float64)
+    scaled = (elevation - elevation.min()) / (elevation.max() - elevation.min())
+    return np.rint(255 * scaled).astype(np.uint8), np.hypot(*np.gradient(elevation / _PIXEL))
