@@ -284,7 +284,10 @@ def tree(root: str) -> str:
         if not entry.is_dir():
             lines.append(entry.name)
             continue
-        inside = sorted(os.listdir(entry.path))
+        try:
+            inside = sorted(os.listdir(entry.path))
+        except OSError:
+            inside = ["(cannot be read)"]
         names = ", ".join(inside[:4]) + (f", ... ({len(inside)} in all)" if len(inside) > 4 else "")
         lines.append(f"{entry.name}/  {names or '(empty)'}")
     return f"Found in {root}:\n{listed(lines) if lines else '  (nothing)'}"

@@ -1,5 +1,6 @@
 """Transfer tasks: VTAB-1k, FGVC, VTAB-mini, and a user's own, all opened in the same way."""
 
+from vizattn.data.transfer.checking import TaskFindings, check, render
 from vizattn.data.transfer.datasets import (
     Availability,
     DrawnSplit,
@@ -18,11 +19,14 @@ __all__ = [
     "DrawnSplit",
     "FileSplit",
     "Suite",
+    "TaskFindings",
     "TransferTask",
     "available",
+    "check",
     "get_suite",
     "open_split",
     "open_stage",
+    "render",
     "select_tasks",
     "stage_splits",
 ]
