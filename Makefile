@@ -3,15 +3,20 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-input
 RECIPE ?= glyphs_pretrain
+GROUPS ?= ops backbones adapters startup data
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow timm-suite lint format cards wheel-smoke pretrain clean
+.PHONY: help demo vtab-mini test test-slow timm-suite bench lint format cards wheel-smoke pretrain clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## Adapt a pretrained backbone to handwritten digits by six methods
 	$(BIN)/vizattn demo $(ARGS)
+
+vtab-mini: .venv/.installed  ## Compare six methods on eight small tasks that need no download
+	$(BIN)/vizattn vtab run --suite vtab-mini --out work_dirs/vtab-mini --workers 2 --seeds 3 \
+		--adapter linear_probe efficient_probing vpt apla hst full $(ARGS)
 
 test: .venv/.installed-test  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -21,6 +26,9 @@ test-slow: .venv/.installed-test  ## Run the tests that take long
 
 timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
 	$(BIN)/python tools/timm_suite.py $(ARGS)
+
+bench: .venv/.installed  ## Measure speed and memory beside other libraries: GROUPS="ops startup", hours on a quiet machine
+	$(BIN)/vizattn bench $(GROUPS) $(ARGS)
 
 lint: .venv/.installed-test  ## Check style, formatting and types, and that the model cards are up to date
 	$(BIN)/ruff check .
