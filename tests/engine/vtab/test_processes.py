@@ -89,6 +89,27 @@ def test_killed_anywhere_it_goes_on(tree: Path, tmp_path: Path, alone: dict[str,
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(tree: Path, tmp_path: Path, alone: dict[str, float]) -> None:
+    runner = subprocess.Popen(_command(tree, tmp_path, "--workers", "2"), stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{runner.pid}/task/{runner.pid}/children")
+    killed = 0
+    deadline = time.monotonic() + 300
+    while killed < 2 and runner.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+        if (tmp_path / "results.jsonl").exists() and len(_cells(tmp_path)) > 3 * killed:
+            workers = [pid for pid in children.read_text().split() if "spawn_main" in _arguments(pid)]
+            if workers:
+                os.kill(int(workers[-1]), signal.SIGKILL)
+                killed += 1
+    assert runner.wait(600) == 0 and killed == 2
+    assert _numbers(tmp_path) == alone
+
+
+def _arguments(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs vizattn[ray]")
 def test_a_ray_cluster_finds_the_same(tree: Path, tmp_path: Path, alone: dict[str, float]) -> None:
     _run(_command(tree, tmp_path, "--ray", "local"))

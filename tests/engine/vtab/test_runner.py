@@ -22,7 +22,7 @@ from vizattn.data import build_transforms
 from vizattn.data.transfer import open_split
 from vizattn.engine.vtab.plan import Method, Study, cells_of, ready, selected, total
 from vizattn.engine.vtab.results import Results
-from vizattn.engine.vtab.runner import run_study
+from vizattn.engine.vtab.runner import _ending, _give_up, run_study
 from vizattn.errors import VizattnError
 
 GRID = [{"optimizer.lr": lr, "optimizer.weight_decay": wd} for lr in (1e-1, 1e-3) for wd in (0.0, 0.1)]
@@ -292,3 +292,15 @@ def test_a_read_only_folder_is_one_message(tmp_path: Path, method: Make, study: 
 def test_methods_with_other_recipes_have_other_keys(method: Make) -> None:
     one, other = method("linear_probe"), method("linear_probe", None, schedule={"epochs": 3})
     assert isinstance(one, Method) and one.key != other.key
+
+
+def test_a_unit_that_kills_its_processes_is_given_up(tmp_path: Path, method: Make, study: Make) -> None:
+    chosen = study(method("linear_probe", GRID))
+    results = Results(tmp_path)
+    unit = next(ready(chosen, results))
+    _give_up(chosen, unit.id, results, _ending(-9))
+    failed = _lines(tmp_path)
+    assert {line["cell"] for line in failed} == {cell.key for cell in unit.cells}
+    assert all("SIGKILL (killed, perhaps for want of memory)" in line["reason"] for line in failed)
+    results.read()
+    assert unit.id not in {other.id for other in ready(chosen, results)}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -95,27 +95,29 @@ def _compute(study: Study, unit: Unit, results: Results) -> None:
 def _run_workers(study: Study, results: Results, workers: int, report: Report) -> None:
     """Processes that each do what a single one would do; one that dies is replaced."""
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // workers)
-    working: dict[int, str | None] = {}
     deaths: Counter[str] = Counter()
+    running: dict[Any, Any] = {}  # by the end of each worker's own pipe: what a killed one holds blocks no other
+    at: dict[Any, str] = {}
 
-    def start() -> Any:
-        process = context.Process(target=_work, args=(study, str(results.folder), threads, messages), daemon=True)
+    def start() -> None:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(study, str(results.folder), threads, theirs), daemon=True)
         process.start()
-        return process
+        theirs.close()
+        running[ours] = process
 
-    processes = [start() for _ in range(workers)]
     try:
-        while processes:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    number, unit = messages.get(timeout=_PAUSE)
-                    working[number] = unit
-            report(results.read())
-            for process in [p for p in processes if not p.is_alive()]:
-                processes.remove(process)
-                unit = working.pop(process.pid, None)
+        for _ in range(workers):
+            start()
+        while running:
+            ready_pipes: list[Any] = wait([*running], timeout=_PAUSE)
+            for pipe in ready_pipes:
+                with contextlib.suppress(EOFError, OSError):
+                    at[pipe] = pipe.recv()
+                    continue
+                process, unit = running.pop(pipe), at.pop(pipe, None)
+                process.join()
                 if process.exitcode == 0:
                     continue
                 if unit is None:
@@ -123,11 +125,12 @@ def _run_workers(study: Study, results: Results, workers: int, report: Report) -
                 deaths[unit] += 1
                 if deaths[unit] >= _DEATHS:
                     _give_up(study, unit, results, _ending(process.exitcode))
-                processes.append(start())
+                start()
+            report(results.read())
     finally:
-        for process in processes:
+        for process in running.values():
             process.terminate()
-        for process in processes:
+        for process in running.values():
             process.join()
 
 
@@ -148,7 +151,7 @@ def _give_up(study: Study, unit_id: str, results: Results, ending: str) -> None:
         results.append(failed_lines(study, unit, error))
 
 
-def _work(study: Study, folder: str, threads: int, messages: Any) -> None:
+def _work(study: Study, folder: str, threads: int, parent: Any) -> None:
     """One worker: units until nothing is left, each told to the parent."""
     import torch
 
@@ -158,8 +161,5 @@ def _work(study: Study, folder: str, threads: int, messages: Any) -> None:
     torch.set_num_threads(threads)
     results = Results(folder)
     for unit in _units(study, results, lambda lines: None):
-        messages.put((os.getpid(), unit.id))
+        parent.send(unit.id)
         _compute(study, unit, results)
-    messages.put((os.getpid(), None))
-    messages.close()
-    messages.join_thread()
