@@ -158,6 +158,14 @@ def test_gradients_and_modes_are_as_before() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
 
+def test_within_inference_mode() -> None:
+    net, images = rows.create("vit"), rows.images()
+    expected = vizattn.relevance(net, images)
+    with torch.inference_mode():
+        torch.testing.assert_close(vizattn.relevance(net, images + 0), expected)
+        assert vizattn.rollout(net, images).shape == (2, 4, 4)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     net = rows.create("vit")
     expected = vizattn.relevance(net, rows.images())

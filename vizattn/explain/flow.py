@@ -76,7 +76,12 @@ def relevance(model: nn.Module, image: Tensor, target: int | Tensor | None = Non
     """
     model = uncompiled(model)
     _check(model, "relevance")
-    images = (image[None] if image.ndim == 3 else image).detach().requires_grad_()
+    with torch.inference_mode(False):
+        return _relevance(model, (image[None] if image.ndim == 3 else image).detach().clone().requires_grad_(), target)
+
+
+def _relevance(model: nn.Module, images: Tensor, target: int | Tensor | None) -> Tensor:
+    """Of images that require a gradient."""
     with record(model, heads=True) as recordings:
         with torch.enable_grad():
             logits = model(images)

@@ -43,7 +43,8 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
     """The maps of all attentions of a model, in the order of its layers.
 
     Maps are those of evaluation mode, with the adapters that are attached: prompts are further keys, and the queries of
-    efficient probing make the last map. Weights are computed when a map is asked for them.
+    efficient probing make the last map. Weights are computed when a map is asked for them. No other thread may run the
+    model meanwhile.
 
     Args:
         model: A backbone of vizattn or one of timm's transformers, or a `Segmenter` on one.
@@ -108,17 +109,19 @@ def record(model: nn.Module, heads: bool = False) -> Iterator[list[Recording]]:
     """
     recordings = _attentions(model)
     handles = []
-    for seen in recordings:
-        if isinstance(seen.attn, EfficientProbe):  # not always called as a module
-            seen.attn.attention = _Watched(seen).attention  # type: ignore[method-assign, assignment]
-        else:
-            handles.append(seen.attn.register_forward_pre_hook(_Watched(seen).arguments, with_kwargs=True))
-            handles.append(seen.block.register_forward_pre_hook(_Watched(seen).shape))
-        if heads and isinstance(seen.attn, EfficientProbe):
-            handles.append(seen.attn.register_forward_hook(_Watched(seen).output))
-        elif heads:
-            handles.append(heads_enter(seen.attn).register_forward_pre_hook(_Watched(seen).heads))
     try:
+        for seen in recordings:
+            watched = _Watched(seen)
+            if isinstance(seen.attn, EfficientProbe):
+                # By this method, as its module is not always called.
+                seen.attn.attention = watched.attention  # type: ignore[method-assign]
+            else:
+                handles.append(seen.attn.register_forward_pre_hook(watched.arguments, with_kwargs=True))
+                handles.append(seen.block.register_forward_pre_hook(watched.shape))
+            if heads and isinstance(seen.attn, EfficientProbe):
+                handles.append(seen.attn.register_forward_hook(watched.output))
+            elif heads:
+                handles.append(heads_enter(seen.attn).register_forward_pre_hook(watched.heads))
         with _evaluation(model), torch.compiler.set_stance("force_eager"):  # compiled code does not see new hooks
             yield recordings
     finally:
@@ -126,7 +129,7 @@ def record(model: nn.Module, heads: bool = False) -> Iterator[list[Recording]]:
             handle.remove()
         for seen in recordings:
             if isinstance(seen.attn, EfficientProbe):
-                del seen.attn.attention  # the class's own again
+                vars(seen.attn).pop("attention", None)  # the class's own again
 
 
 class _Watched:
@@ -164,12 +167,13 @@ def _attentions(model: nn.Module) -> list[Recording]:
         for name, module in inner.named_modules()
         if map_of.dispatch(type(module)) is not nobody
     ]
-    seen = {id(recording.attn) for recording in found}
-    odd = set()
+    readable = {id(recording.attn) for recording in found}
+    # Side networks look at the backbone, not at the image.
+    beside = {id(module) for module in getattr(inner, "adapters", nn.Module()).modules()}
+    odd: set[str] = set()
     try:
-        odd = {type(block.attn).__name__ for block in describe(model).blocks if id(block.attn) not in seen}
-        # Side networks look at the backbone, not at the image.
-        odd -= {type(m.attn).__name__ for m in getattr(inner, "adapters", nn.Module()).modules() if hasattr(m, "attn")}
+        blocks = [block for block in describe(model).blocks if id(block.block) not in beside]
+        odd = {type(block.attn).__name__ for block in blocks if id(block.attn) not in readable}
         known = not odd
     except VizattnError:
         known = False
