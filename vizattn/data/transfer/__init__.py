@@ -10,6 +10,7 @@ from vizattn.data.transfer.datasets import (
     open_stage,
     stage_splits,
 )
+from vizattn.data.transfer.preparing import prepare
 from vizattn.data.transfer.suites import SUITES, get_suite
 from vizattn.data.transfer.tasks import Suite, TransferTask, select_tasks
 
@@ -26,6 +27,7 @@ __all__ = [
     "get_suite",
     "open_split",
     "open_stage",
+    "prepare",
     "render",
     "select_tasks",
     "stage_splits",

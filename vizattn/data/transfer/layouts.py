@@ -46,8 +46,8 @@ def task_folder(suite: Suite, task: TransferTask, root: str | os.PathLike[str] |
         if len(alike) == 1:
             return Path(os.path.abspath(alike[0]))
     raise VizattnError(
-        f"There is no folder {folder} of the task {task.name} in {root}. Expected {Path(root, folder)} with "
-        f"{LAYOUTS[task.layout]}.\n{nearest_tree(os.fspath(root))}"
+        f"There is no folder {folder} in {root}.\nExpected {Path(root, folder)} with {LAYOUTS[task.layout]}.\n"
+        f"{nearest_tree(os.fspath(root))}"
     )
 
 
