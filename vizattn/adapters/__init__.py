@@ -20,6 +20,8 @@ from vizattn.adapters.bundle import (
     read_bundle,
     save_adapter,
 )
+from vizattn.adapters.bundle_set import BundleSet
+from vizattn.adapters.bundle_tools import average_bundles, bundle_summary, compare_bundles
 from vizattn.adapters.cached import cache_level, frozen_features, head_from_features
 from vizattn.adapters.efficient_probing import EfficientProbing, query_maps
 from vizattn.adapters.hst import HST
@@ -33,6 +35,7 @@ __all__ = [
     "HST",
     "METHODS",
     "VPT",
+    "BundleSet",
     "EfficientProbing",
     "Full",
     "LinearProbe",
@@ -41,7 +44,10 @@ __all__ = [
     "adapter_state",
     "attach",
     "attached",
+    "average_bundles",
+    "bundle_summary",
     "cache_level",
+    "compare_bundles",
     "create_from_bundle",
     "detach",
     "disabled",

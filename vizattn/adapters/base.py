@@ -37,6 +37,7 @@ __all__ = [
     "make_options",
     "merge",
     "register",
+    "take_off",
 ]
 
 
@@ -434,25 +435,36 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     _need_originals(attachments)
     _need_unread(model, attachments, "disable")
     inner = core(model)
-    flags = [(p, p.requires_grad) for p in inner.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    for a in reversed(attachments):
-        a.values.undo()  # type: ignore[union-attr]
-        a.edits.undo(next(inner.parameters()))
-        _restore(inner, a.flags, training=False)
+    put_on = take_off(inner)
     model.eval()
     inner.adapters_disabled = True  # type: ignore[assignment]
     try:
         yield model
     finally:
         del inner.adapters_disabled
+        put_on()
+        for module, mode in modes:
+            module.training = mode
+
+
+def take_off(model: nn.Module) -> Callable[[], None]:
+    """Take all adapters off a model without what is around it; what is returned puts them on again as they were."""
+    attachments = attached(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for a in reversed(attachments):
+        a.values.undo()  # type: ignore[union-attr]
+        a.edits.undo(next(model.parameters()))
+        _restore(model, a.flags, training=False)
+
+    def put_on() -> None:
         for a in attachments:
-            a.edits.redo(next(inner.parameters()))
+            a.edits.redo(next(model.parameters()))
             a.values.redo()  # type: ignore[union-attr]
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+
+    return put_on
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -36,11 +36,15 @@ __all__ = [
     "OWN_WEIGHTS",
     "WEIGHTS_NAME",
     "adapter_state",
+    "create_backbone",
     "create_from_bundle",
     "fingerprint",
+    "full_name",
     "load_adapter",
     "read_bundle",
+    "read_weights",
     "save_adapter",
+    "write_bundle",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -128,7 +132,6 @@ def save_adapter(
     if class_names is not None and len(class_names) != num_classes:
         raise VizattnError(f"{len(class_names)} class names for a head of {num_classes} classes.")
     state = _changing(inner) | (_of_heads(model) if isinstance(model, Segmenter) else {})
-    weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
     if preprocessing is None:
         preprocessing = {**resolve_model_data_config(inner), "input_size": get_model_input_config(inner)["input_size"]}
     config = {
@@ -141,10 +144,15 @@ def save_adapter(
         "class_names": class_names,
         "preprocessing": preprocessing,
         "fingerprint": fingerprint(inner),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "metadata": metadata or {},
     }
-    folder = Path(folder)
+    return write_bundle(Path(folder), config, state)
+
+
+def write_bundle(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """Write a bundle of `config`, but for the checksum, and tensors; the files appear whole or not at all."""
+    weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
+    config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     # The config names the checksum of its weights: until these have their final name they are found as NEXT_NAME, so an
     # interruption at any point leaves the old bundle or the new one.
@@ -307,7 +315,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     inner: Any = core(model)
     if attached(inner):
         raise VizattnError("This model has adapters attached already: call vizattn.detach(model) first.")
-    state = _read_weights(Path(folder), config)
+    state = read_weights(Path(folder), config)
     _check_backbone(folder, model, config["backbone"])
     head = Edits()
     segmenter = None
@@ -326,7 +334,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
         if fingerprint(inner) != config["fingerprint"]:
             wanted = config["backbone"]
             raise VizattnError(
-                f"{folder} was trained on other weights of {_full_name(wanted)}: the fingerprint of the frozen weights "
+                f"{folder} was trained on other weights of {full_name(wanted)}: the fingerprint of the frozen weights "
                 f"differs. Create the backbone with the same tag and pretrained=True"
                 + (f" and {wanted['args']}." if wanted["args"] else ".")
             )
@@ -364,7 +372,8 @@ def _without_values(folder: Any, backbone: nn.Module, head_config: dict[str, Any
         ) from None
 
 
-def _full_name(backbone: dict[str, Any]) -> str:
+def full_name(backbone: dict[str, Any]) -> str:
+    """The name of a bundle's backbone with its tag, as timm knows it."""
     return backbone["name"] + (f".{backbone['tag']}" if backbone["tag"] else "")
 
 
@@ -375,7 +384,7 @@ def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
     model = core(model)
     name = model.pretrained_cfg["architecture"] if getattr(model, "pretrained_cfg", None) else type(model).__name__
     if name != wanted["name"]:
-        raise VizattnError(f"{folder} was trained on {_full_name(wanted)}, not on {name}.")
+        raise VizattnError(f"{folder} was trained on {full_name(wanted)}, not on {name}.")
     if features_only != bool(wanted.get("features_only")):
         kinds = ("a classifier", "a features_only model")
         raise VizattnError(
@@ -385,7 +394,7 @@ def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
     indices = wanted.get("out_indices")
     if source is not None and indices is not None and indices != list(source.feature_info.out_indices):
         raise VizattnError(
-            f"{folder} was trained on the maps {indices} of {_full_name(wanted)}, this model gives "
+            f"{folder} was trained on the maps {indices} of {full_name(wanted)}, this model gives "
             f"{list(source.feature_info.out_indices)}: create it with out_indices={indices}."
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -403,7 +412,12 @@ def _check_backbone(folder: Any, model: Any, wanted: dict[str, Any]) -> None:
         )
 
 
-def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a bundle by name; `config` is from `read_bundle`.
+
+    Raises:
+        VizattnError: they are not those that the config names.
+    """
     data = (folder / WEIGHTS_NAME).read_bytes() if (folder / WEIGHTS_NAME).is_file() else b""
     if hashlib.sha256(data).hexdigest() != config["weights_sha256"] and (folder / NEXT_NAME).is_file():
         data = (folder / NEXT_NAME).read_bytes()
@@ -458,6 +472,11 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
     Raises:
         VizattnError: as `load_adapter`, or timm does not know the backbone, or the bundle holds all weights itself.
     """
+    return load_adapter(create_backbone(folder, weights), folder, keep_original=False).eval()
+
+
+def create_backbone(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """The backbone of a bundle with its pretrained weights, without the adapters; as `create_from_bundle`."""
     config = read_bundle(folder)
     backbone = config["backbone"]
     if not timm.is_model(backbone["name"]):
@@ -479,11 +498,11 @@ def create_from_bundle(folder: str | os.PathLike[str], weights: str | os.PathLik
     task = {"features_only": True} if backbone.get("features_only") else {"num_classes": config["num_classes"]}
     try:
         with _head_from_the_bundle():
-            model = timm.create_model(_full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
+            model = timm.create_model(full_name(backbone), pretrained=frozen, **task, **backbone["args"], **overlay)
         model.to(getattr(torch, backbone["dtype"]))
     except Exception as error:
         raise VizattnError(
-            f"{folder} needs {_full_name(backbone)}{' with its pretrained weights' if frozen else ''}, which cannot be "
+            f"{folder} needs {full_name(backbone)}{' with its pretrained weights' if frozen else ''}, which cannot be "
             f"created here: {type(error).__name__}: {error}"
         ) from error
-    return load_adapter(model, folder, keep_original=False).eval()
+    return model

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "measure a trained model or a bundle",
     "predict": "classify images, or segment them",
     "attend": "show what a model looks at in an image",
+    "bundle": "show, compare, merge and average bundles",
     "export": "write a model as a file for onnxruntime or torch.export",
     "publish": "put a bundle or a trained model on the Hugging Face hub",
     "data": "check a folder of images and masks",

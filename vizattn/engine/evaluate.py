@@ -23,7 +23,7 @@ from vizattn.errors import VizattnError
 from vizattn.files import replacing, write_text
 from vizattn.heads import Segmenter
 
-__all__ = ["Trained", "as_published", "evaluate", "export", "load_trained", "measure"]
+__all__ = ["Trained", "as_published", "evaluate", "export", "export_whole", "load_trained", "measure"]
 
 
 @dataclass
@@ -101,6 +101,19 @@ def export(
             metadata={best: reached, "config": dict(config), "palette": palette},
         )
         return
+    export_whole(model, folder, config["model"], config, class_names, preprocessing, palette)
+
+
+def export_whole(
+    model: nn.Module,
+    folder: Path,
+    options: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    class_names: list[str],
+    preprocessing: Mapping[str, Any],
+    palette: list[list[int]] | None,
+) -> None:
+    """Write `model.safetensors` and `model.json`; `options` are those of `timm.create_model`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +122,11 @@ def export(
         save_file(tensors, temporary)
     note = {
         "format_version": 1,
-        "model": _without_weights(model, config["model"]),
+        "model": _without_weights(model, options),
         "num_classes": len(class_names),
         "class_names": class_names,
         "preprocessing": dict(preprocessing),
-        "config": dict(config),
+        "config": None if config is None else dict(config),
         "segmenter": getattr(model, "head_config", None),
         "palette": palette,
     }
