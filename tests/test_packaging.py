@@ -48,9 +48,9 @@ def test_version_is_stated_once() -> None:
 
 
 def test_tools_are_a_few_lines_over_the_command_line() -> None:
-    for name in ("train", "eval", "predict"):
+    for name, command in {"train": "train", "eval": "eval", "predict": "predict", "benchmark": "bench"}.items():
         lines = (ROOT / "tools" / f"{name}.py").read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 12 and f'main(["{name}", *sys.argv[1:]])' in "\n".join(lines), name
+        assert len(lines) <= 12 and f'main(["{command}", *sys.argv[1:]])' in "\n".join(lines), name
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import backbone_speed
-import torch
 from results import Result, append_results, measured, newest, read_results
 from timm.models import get_pretrained_cfg
 
 import vizattn  # noqa: F401  (registers the backbones)
+from vizattn.bench import Options, cases_of, measure
 from vizattn.cli.backbones import build_empty, gmacs, our_names, parameters, weights_source
 from vizattn.errors import VizattnError, unknown
 
@@ -65,17 +63,18 @@ def recipes_of(name: str, data: str) -> dict[str, dict[str, Any]]:
 
 def speed(name: str, options: argparse.Namespace) -> Iterator[Result]:
     """Median over rounds of resnet50's time over that of `name`, both at the native size of `name`."""
-    cfg: Any = get_pretrained_cfg(name)
-    options.size = cfg.input_size[-1]
-    torch.set_num_threads(options.threads)
-    reference = backbone_speed.step_of("resnet50", options.batch, options.size, False, options)
-    backbone_speed.seconds(reference)
-    ratios, _ = backbone_speed.times(name, options, reference)
+    variant = "+".join([*["fuse"] * options.fuse, *["channels_last"] * options.channels_last]) or "eager"
+    wanted = Options(modes=("forward",), batches=(options.batch,), variants=(variant,), models=(name,))
+    cases = cases_of("backbones", wanted, [f"{name}: {name}"])
+    [rows] = measure(cases, rounds=options.rounds, threads=options.threads, memory=False)
+    ratio = next(row for row in rows if row.name == name).ratio
+    if ratio is None:
+        raise VizattnError(f"{name} was not measured: {'; '.join(row.note for row in rows if row.note)}.")
     command = (
         f"python tools/measure_zoo.py speed {name} --batch {options.batch} --rounds {options.rounds} "
         f"--threads {options.threads}{' --fuse' * options.fuse}{' --channels-last' * options.channels_last}"
     )
-    yield measured(name, FIRST["speed"], round(1 / statistics.median(ratios), 4), "x", command)
+    yield measured(name, FIRST["speed"], round(1 / ratio, 4), "x", command)
 
 
 def run(folder: Path) -> Iterator[Result]:
@@ -116,7 +115,6 @@ def main() -> None:
     parser.add_argument("--fuse", action="store_true", help="speed: fuse convolutions with their norms first")
     parser.add_argument("--channels-last", action="store_true", help="speed: images channels last in memory")
     options = parser.parse_intermixed_args()
-    options.train = False
     if options.mode == "run":
         for folder in options.names:
             report(list(run(Path(folder))))

@@ -7,9 +7,9 @@ comparison in turn and gives `Row`s, a file of which `compare` holds against ano
 from vizattn.bench.case import Case, Options, Unavailable, Work
 from vizattn.bench.compare import Change, compare
 from vizattn.bench.groups import GROUPS, cases_of
-from vizattn.bench.measure import measure
 from vizattn.bench.plot import draw
 from vizattn.bench.rows import Row, read_rows, write_rows
+from vizattn.bench.timing import measure
 
 __all__ = [
     "GROUPS",

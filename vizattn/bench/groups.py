@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from vizattn.bench import ops
+from vizattn.bench import adapters, backbones, data, ops, startup
 from vizattn.bench.case import Case, Options
 from vizattn.errors import VizattnError, unknown
 
@@ -23,8 +23,13 @@ class Group:
     """The fields of `Options` that it heeds."""
 
 
+_MODEL = ("models", "modes", "batches", "sizes", "dtypes", "variants")
 GROUPS = {
-    "ops": Group("attention ops", ops.cases, ("modes", "batches", "sizes", "dtypes", "variants", "heads", "dim")),
+    "ops": Group("attention ops", ops.cases, (*_MODEL[1:], "heads", "dim")),
+    "backbones": Group("backbones, in units of resnet50's time", backbones.cases, _MODEL),
+    "adapters": Group("adapters, in units of full fine-tuning", adapters.cases, _MODEL),
+    "startup": Group("imports, the command line, creating models", startup.cases, ()),
+    "data": Group("loading images, in units of decoding them", data.cases, ("batches", "sizes")),
 }
 
 
@@ -43,8 +48,10 @@ def cases_of(group: str, options: Options, only: Sequence[str] = ()) -> list[Cas
         raise unknown("group", group, GROUPS)
     default = Options(folder=options.folder)
     for name in vars(options):
-        if name not in (*GROUPS[group].takes, "folder") and getattr(options, name) != getattr(default, name):
-            raise VizattnError(f"The group {group} has no choice of {name}; it has {', '.join(GROUPS[group].takes)}.")
+        if name not in GROUPS[group].takes and getattr(options, name) != getattr(default, name):
+            raise VizattnError(
+                f"The group {group} has no choice of {name}; it has {', '.join(GROUPS[group].takes) or 'none'}."
+            )
     cases = GROUPS[group].cases(options)
     if not only:
         return cases

@@ -19,7 +19,7 @@ from vizattn.errors import VizattnError
 from vizattn.files import write_text
 
 if TYPE_CHECKING:
-    from vizattn.bench.measure import Times
+    from vizattn.bench.timing import Times
 
 __all__ = ["Row", "context_here", "make_row", "read_rows", "write_rows"]
 

@@ -12,7 +12,8 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from vizattn.bench.macs import count_macs
 
 __all__ = ["build_empty", "costs", "family", "gmacs", "our_names", "parameters", "summary", "timm_names"]
 
@@ -82,9 +83,5 @@ def parameters(model: nn.Module) -> int:
 
 def gmacs(model: nn.Module, input_size: tuple[int, ...]) -> float:
     """Thousand million multiply-adds of one image of `input_size` (C, H, W), for a model from `build_empty`."""
-    # The counter knows this operation only when it is not in place.
-    in_place = {torch.ops.aten.baddbmm_: lambda _sum, a, b, **_kwargs: 2 * a[0] * a[1] * a[2] * b[2]}  # shapes
-    counter = FlopCounterMode(display=False, custom_mapping=in_place)
-    with counter, torch.no_grad():
-        model(torch.empty(1, *input_size, device="meta"))
-    return counter.get_total_flops() / 2e9
+    with torch.no_grad():
+        return count_macs(lambda: model(torch.empty(1, *input_size, device="meta"))) / 1e9

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, TypeVar
 
 import torch
 
 from vizattn.bench.case import DTYPES, Case, Unavailable, Work
+from vizattn.bench.children import in_child
 from vizattn.bench.macs import count_macs
 from vizattn.bench.rows import Row, make_row
 from vizattn.memory import PeakMemory, resident_megabytes
 
-__all__ = ["Times", "in_child", "measure", "memory_of", "time_together"]
+__all__ = ["Times", "measure", "memory_of", "time_together"]
 
-T = TypeVar("T")
 _SIDE = 1024  # of the matrices whose product is the machine's peak
 
 
@@ -148,10 +147,11 @@ def memory_of(case: Case, threads: int) -> tuple[float, float] | None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     _load_kernels()
+    _give_back()
     before = resident_megabytes()
     try:
         work = case.build()
-        gc.collect()
+        _give_back()
         built = resident_megabytes()
         peak = PeakMemory(torch.device("cpu"))
         for _ in range(2):
@@ -161,17 +161,14 @@ def memory_of(case: Case, threads: int) -> tuple[float, float] | None:
     return max(built - before, 0.0), max(peak.megabytes() - built, 0.0)
 
 
+def _give_back() -> None:
+    """Memory that is free goes back to the system, or what runs next would seem to need so much less."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # of the GNU C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _load_kernels() -> None:
     """What torch loads and starts at its first products is nobody's own."""
     x = torch.randn(1, 8, 16, 16, requires_grad=True)
     torch.nn.functional.conv2d(x, torch.randn(8, 8, 3, 3)).flatten(2).matmul(torch.randn(196, 64)).sum().backward()
-
-
-def in_child(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a process of its own, in which nothing was run before."""
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["timm", "vizattn", "vizattn.bench.groups"])  # seconds for each process
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
