@@ -27,7 +27,7 @@ _BINS = 16
 _CHUNK = 16  # images at a time: what fits into a processor's cache
 _HALF_SIDE = 11.0  # of the square at scale 1, pixels: turned or not, it stays inside the image at every position
 _RADII = (15.5, 10.0)  # of the ellipse
-_HEART = 15.0  # of the heart, half its width
+_HEART = 12.4  # of the heart, the unit of its curve
 
 
 @functools.cache
@@ -76,6 +76,6 @@ def _ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The curve (x^2 + y^2 - 1)^3 = x^2 y^3, whose half width is 1.14; its tip points down."""
-    x, y = u * (1.14 / _HEART), 0.15 - v * (1.14 / _HEART)
+    """The curve (x^2 + y^2 - 1)^3 = x^2 y^3 about (0, 0.25), all of it within 1.25 of there; its tip is down."""
+    x, y = u / _HEART, 0.25 - v / _HEART
     return (x * x + y * y - 1) ** 3 <= x * x * y**3

@@ -26,8 +26,8 @@ __all__ = ["PROVENANCE", "prepare"]
 
 PROVENANCE = "provenance.json"
 _NOTE = (
-    "The images of train and val were selected by vizattn with the seed above: the benchmark's own selection of 800 and "
-    "200 cannot be rebuilt from this source, so results may differ from published ones by the choice of images."
+    "The images of train and val were selected by vizattn with the seed above: the benchmark's own selection of 800 "
+    "and 200 cannot be rebuilt from this source, so results may differ from published ones by the choice of images."
 )
 _NOTE_ALL = " So were those of test."
 _CHUNK = 256  # images between two reports of progress
