@@ -38,6 +38,7 @@ RESERVED = {
     "natten": ("vizattn/attention/neighborhood.py", "vizattn/bench/peers.py"),  # used, and measured against
 }
 LATE = {"mmengine", "peft", "albumentations", "wandb", "natten", "sklearn", "matplotlib", "rich"}
+LATE |= {"onnx", "onnxruntime", "onnxscript"}
 
 FILES = sorted(path for folder in ("vizattn", "models", "configs") for path in (ROOT / folder).rglob("*.py"))
 

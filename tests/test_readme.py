@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
+
+from vizattn.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +67,38 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             run_bash(block, tmp_path)
         ran.append(block.language)
     assert {"python", "bash"} == set(ran)
+    check_the_exported_file(tmp_path)
+
+
+def check_the_exported_file(folder: Path) -> None:
+    """The example of onnxruntime runs without torch, and gives what `vizattn predict` gives."""
+    (example,) = (block.code for block in TOUR if "onnxruntime" in block.code)
+    wide = folder / "wide.png"
+    Image.new("RGB", (90, 41), "white").save(wide)
+    paths = [str(wide), *map(str, sorted(folder.glob("pictures/digit 7/*.png"))[:3])]
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm', 'vizattn')))\n"
+        f"{example}\nprint(json.dumps([{{k: float(v) for k, v in predict(p).items()}} for p in {paths!r}]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    table = folder / "predicted.json"
+    wanted = [
+        "--bundle",
+        str(folder / "work_dirs/pictures"),
+        "--top-k",
+        "10",
+        "--format",
+        "json",
+        "--output",
+        str(table),
+    ]
+    assert main(["predict", *paths, *wanted]) == 0
+    for shares, row in zip(found, json.loads(table.read_text()), strict=True):
+        assert len(row["predictions"]) == len(shares) == 10
+        for best in row["predictions"]:
+            assert shares[best["class"]] == pytest.approx(best["probability"], abs=2e-5)
 
 
 def test_the_tour_covers_what_users_do() -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import DEFAULT_CROP_PCT
 from torch import Tensor, nn
 
 import vizattn
 from vizattn.adapters import attached
 from vizattn.adapters.anatomy import core
+from vizattn.data.transforms import check_preprocessing
 from vizattn.engine.evaluate import Trained
 from vizattn.engine.onnx_model import OnnxModel, need_onnx
 from vizattn.engine.segmentation import pair
@@ -151,9 +153,12 @@ def metadata_of(trained: Trained) -> dict[str, str]:
     cfg: Any = getattr(core(trained.model), "pretrained_cfg", None) or {}
     name = cfg.get("architecture") or type(core(trained.model)).__name__
     segmenter = isinstance(trained.model, Segmenter)
-    preprocessing = dict(trained.preprocessing)
+    preprocessing = check_preprocessing(trained.preprocessing)
+    preprocessing["crop_pct"] = preprocessing["crop_pct"] or DEFAULT_CROP_PCT  # who reads this has no defaults
     if segmenter:
-        preprocessing["short_side"] = ((trained.config or {}).get("data") or {}).get("short_side")
+        data = trained.recipe.get("data") or {}
+        preprocessing = {key: preprocessing[key] for key in ("mean", "std", "interpolation")}
+        preprocessing["short_side"] = data.get("short_side")
     return {
         "task": "segmentation" if segmenter else "classification",
         "backbone": f"{name}.{cfg['tag']}" if cfg.get("tag") else name,
@@ -167,7 +172,7 @@ def metadata_of(trained: Trained) -> dict[str, str]:
 
 def _usual_size(trained: Trained) -> Size:
     """Height and width that the model was trained with."""
-    data = (trained.config or {}).get("data") or {}
+    data = trained.recipe.get("data") or {}
     if isinstance(trained.model, Segmenter) and (crop := pair("data.crop_size", data.get("crop_size"))):
         return crop
     _, height, width = trained.preprocessing["input_size"]
