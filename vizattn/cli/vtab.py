@@ -185,13 +185,10 @@ def _watch(study: Any, folder: Path, count: int, args: argparse.Namespace, conso
     """Run, with a bar over the cells of this study."""
     import logging
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     names = {(task.name, method.key) for task in study.tasks for method in study.methods}
     seen: set[str] = set()
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     logging.getLogger("vizattn").setLevel(logging.ERROR)  # each model would say that its head is new
-    with Progress(*columns, console=console) as bar:
+    with _bar(console) as bar:
         whole = bar.add_task("cells", total=count)
 
         def report(lines: list[dict[str, Any]]) -> None:
@@ -261,13 +258,40 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from vizattn.data.transfer import check_tasks
+    from rich.console import Console
 
-    return check_tasks(args.suite, args.root, args.tasks, decode=not args.no_decode)
+    from vizattn.data.transfer import check, render
+
+    with _bar() as bar:
+        found = check(args.suite, args.root, args.tasks, decode=not args.no_decode, progress=_shown(bar))
+    console = Console(highlight=False) if Console().is_terminal else Console(width=140, highlight=False)
+    console.print(render(found))
+    return 1 if any(task.errors for task in found) else 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from vizattn.data.transfer import prepare
 
-    prepare(args.task, args.root, args.source)
+    with _bar() as bar:
+        folder = prepare(args.task, args.root, args.source, progress=_shown(bar))
+    print(f"{args.task} is in {folder}. Next: vizattn vtab check --root {args.root} --tasks {args.task}")
     return 0
+
+
+def _bar(console: Any = None) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=console is None)
+
+
+def _shown(bar: Any) -> Any:
+    """Progress of named things on a bar each."""
+    lines: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in lines:
+            lines[name] = bar.add_task(name, total=total)
+        bar.update(lines[name], completed=done, total=total)
+
+    return show
