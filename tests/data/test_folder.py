@@ -269,3 +269,16 @@ def test_a_tree_with_nothing_to_train_on(tmp_path):
         ImageFolder(tmp_path, "train")
     fill(tmp_path / "bird", {"nest": 1})  # so `test` is a class, with folders inside
     assert ImageFolder(tmp_path, "all").class_names == ["bird", "test"]
+
+
+def test_decoding_smaller_is_another_data_set(tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        photo.save(tmp_path / name / "x.jpg")
+    whole, small = (build_dataset("folder", "all", root=tmp_path, **options) for options in ({}, {"least_side": 30}))
+    assert whole[0][0].size == (96, 64) and small[0][0].size == (48, 32)
+    assert whole.identity != small.identity
+    with pytest.raises(VizattnError, match="least_side must be at least 1 pixel, not 0"):
+        build_dataset("folder", "all", root=tmp_path, least_side=0)
+    assert available_splits("folder", root=tmp_path, least_side=30) == ["train"]

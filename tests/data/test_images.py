@@ -126,3 +126,24 @@ def test_a_link_to_a_folder_above_is_not_walked_again(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "inner" / "a.png")
     (tmp_path / "inner" / "up").symlink_to(tmp_path, target_is_directory=True)
     assert find_images(str(tmp_path)) == ["inner/a.png"]
+
+
+@pytest.mark.parametrize(
+    "least_side, size", [(None, (64, 48)), (25, (64, 48)), (24, (32, 24)), (5, (8, 6)), (99, (64, 48))]
+)
+def test_jpeg_files_are_decoded_smaller_where_that_is_asked_for(least_side, size, photo, tmp_path):
+    photo.save(tmp_path / "x.jpg")
+    photo.save(tmp_path / "x.png")
+    assert load_rgb(tmp_path / "x.jpg", least_side=least_side).size == size
+    assert load_rgb(tmp_path / "x.png", least_side=least_side).size == (64, 48)
+    small = np.asarray(load_rgb(tmp_path / "x.jpg", least_side=least_side), float)
+    assert abs(small.mean() - np.asarray(photo, float).mean()) < 2
+
+
+def test_smaller_decoding_keeps_the_orientation(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    photo.save(tmp_path / "x.jpg", exif=exif)
+    assert load_rgb(tmp_path / "x.jpg").size == (48, 64)
+    assert load_rgb(tmp_path / "x.jpg", least_side=24).size == (24, 32)
+    assert load_rgb(tmp_path / "x.jpg", upright=False, least_side=24).size == (32, 24)

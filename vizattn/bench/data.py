@@ -32,6 +32,7 @@ PREPROCESSING = {
     "crop_pct": 0.875,
 }
 UNIT = "PIL: decode"
+REDUCED = "vizattn, least_side"
 
 
 def count_of(size: tuple[int, int]) -> int:
@@ -59,7 +60,7 @@ def decode(folder: Path, size: tuple[int, int], by: str) -> Work:
         from torchvision.io import ImageReadMode, decode_image
 
         return _pass(lambda i: decode_image(str(paths[i]), mode=ImageReadMode.RGB), len(paths))
-    return _pass(lambda i: load_rgb(paths[i]), len(paths))
+    return _pass(lambda i: load_rgb(paths[i], least_side=2 * INPUT if by == REDUCED else None), len(paths))
 
 
 def our_images(folder: Path, size: tuple[int, int], augment: str, batch: int, workers: int | None) -> Work:
@@ -79,7 +80,7 @@ def timm_images(folder: Path, size: tuple[int, int], augment: str, batch: int, w
     from torchvision.datasets import ImageFolder
 
     training = augment != "none"
-    policy: dict[str, Any] = {"auto_augment": "rand-m9-n2", "scale": (0.25, 1.0), "re_prob": 0.1} if training else {}
+    policy: dict[str, Any] = {"auto_augment": "rand-m9-n2-p1", "scale": (0.25, 1.0), "re_prob": 0.1} if training else {}
     transform = create_transform(INPUT, is_training=training, interpolation="bicubic", **policy)
     dataset = ImageFolder(str(pictures(folder, size, count_of(size)) / "train"), transform)
     if workers is None:
@@ -129,7 +130,10 @@ def cases(options: Options) -> list[Case]:
 
 
 def _classification(folder: Path, size: tuple[int, int], batch: int) -> list[Case]:
-    builds = {f"{by}: decode": functools.partial(decode, folder, size, by) for by in ("PIL", "torchvision", "vizattn")}
+    builds = {
+        f"{by}: decode": functools.partial(decode, folder, size, by)
+        for by in ("PIL", "torchvision", "vizattn", REDUCED)
+    }
     for augment in ("none", "light", "standard"):
         builds[f"vizattn: {augment}"] = functools.partial(our_images, folder, size, augment, batch, None)
         if augment != "light":

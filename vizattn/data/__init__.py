@@ -35,7 +35,7 @@ SPLITS = ("train", "val", "test")
 DATASETS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "glyphs": ("length", "seed"),
-    "folder": ("val_fraction", "test_fraction", "seed", "on_error"),
+    "folder": ("val_fraction", "test_fraction", "seed", "on_error", "least_side"),
     "scenes": ("length", "seed"),
     "segmentation_folder": (
         "layout",
@@ -103,7 +103,8 @@ def build_dataset(
 def available_splits(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
     """The splits that `build_dataset` can build: all three, except where a folder or a stage lacks some of them."""
     chosen = _options(name, "train", options)
-    chosen.pop("on_error", None)
+    for option in ("on_error", "least_side"):
+        chosen.pop(option, None)
     if name == "segmentation_folder":
         from vizattn.data.segmentation import segmentation_splits
 

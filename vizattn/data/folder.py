@@ -51,6 +51,8 @@ class ImageFolder(Dataset):
         test_fraction: The same for the test split; used with `root/<class>/` only.
         seed: Of the automatic split.
         on_error: "skip" (warn, naming each unreadable image, and go on without it) or "stop" (raise).
+        least_side: Decode JPEG files at a fraction of their size while both sides keep this many pixels; faster, but
+            other pixels (see `load_rgb`). By default they are decoded in full.
 
     Attributes:
         class_names: Names of the classes; labels are positions in it.
@@ -73,13 +75,17 @@ class ImageFolder(Dataset):
         test_fraction: float = 0.2,
         seed: int = 0,
         on_error: str = "skip",
+        least_side: int | None = None,
     ) -> None:
         if on_error not in ("skip", "stop"):
             raise unknown("value of on_error", on_error, ("skip", "stop"))
+        if least_side is not None and least_side < 1:
+            raise VizattnError(f"least_side must be at least 1 pixel, not {least_side}.")
         self.root = os.path.abspath(root)
         self.split = split
         self.transform = transform
         self.on_error = on_error
+        self.least_side = least_side
         splits = _splits(self.root, val_fraction, test_fraction, seed)
         if split == "all" and not has_split_folders(self.root):
             splits["all"] = _classes(self.root, "")
@@ -111,7 +117,7 @@ class ImageFolder(Dataset):
         for other in (*range(index, last), *range(first, index)):
             path = self.paths[other]
             try:
-                return load_rgb(path)
+                return load_rgb(path, least_side=self.least_side)
             except OSError as error:
                 if self.on_error == "stop" or self.split != "train":
                     raise VizattnError(f"Cannot read the image {path}: {error}") from None
@@ -134,6 +140,8 @@ class ImageFolder(Dataset):
 
     def _identity(self, names: list[str]) -> str:
         digest = hashlib.sha256(repr(self.class_names).encode())
+        if self.least_side is not None:
+            digest.update(repr(self.least_side).encode())  # other pixels
         for name, path, label in zip(names, self.paths, self.labels):
             status = os.stat(path)
             digest.update(repr((name, label, status.st_size, status.st_mtime_ns)).encode())

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -43,23 +44,32 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def load_rgb(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
+def load_rgb(path: str | os.PathLike[str], upright: bool = True, least_side: int | None = None) -> Image.Image:
     """Decodes an image file to RGB.
 
     The EXIF orientation is applied if `upright`; of an animation the first frame is taken; transparent parts become
     white; 16-bit and float images are scaled to 8 bits.
+
+    Args:
+        path: The file.
+        upright: Whether to apply the EXIF orientation.
+        least_side: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size (the last steps of decoding left out) while
+            both sides keep this many pixels: several times faster for large photographs, and other pixels than those
+            of a full image made smaller. None decodes in full.
 
     Raises:
         OSError: The file cannot be read or decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
-        return _decode(path, upright)
+        return _decode(path, upright, least_side)
 
 
-def _decode(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
+def _decode(path: str | os.PathLike[str], upright: bool = True, least_side: int | None = None) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))
             image.load()
             return _to_rgb(_upright(image) if upright else image)
     except OSError:
@@ -71,10 +81,9 @@ def _decode(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata around a good picture
-        return image
+    with suppress(Exception):  # damaged metadata around a good picture
+        ImageOps.exif_transpose(image, in_place=True)  # without the copy that it makes otherwise
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -72,6 +72,8 @@ class SegmentationTransform:
         tensor, labels = self._normalised(done["image"]), torch.from_numpy(done["mask"].astype(np.int64))
         height, width = self.crop_size or _scaled(image.size[::-1], self._scale(image))
         missing = (0, width - tensor.shape[-1], 0, height - tensor.shape[-2])
+        if not any(missing):  # padding copies in any case
+            return tensor, labels
         return F.pad(tensor, missing), F.pad(labels, missing, value=IGNORE_INDEX)  # 0 is the mean colour
 
     def prepare(self, image: Image.Image) -> Tensor:

@@ -136,6 +136,7 @@ DATA_OPTIONS: dict[str, Option] = {
     "val_fraction": Option(0.1, (float,)),
     "test_fraction": Option(0.2, (float,)),
     "on_error": Option("skip", (str,), ["skip", "stop"]),
+    "least_side": Option(None, (int, _NONE), least=1),
     "layout": Option("auto", (str,)),
     "reduce_zero_label": Option(False, (bool,)),
     "class_names": Option(None, (list, _NONE)),
