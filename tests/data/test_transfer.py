@@ -183,6 +183,14 @@ def test_damage_is_told_with_file_and_line(root, split, change, message):
         open_split(SUITE, "pets", split, root)
 
 
+def test_all_damaged_lines_are_told_at_once(root):
+    edit(
+        root, "train", lambda text: text.replace("000002.png 2", "000002.png 9").replace("000005.png 1", "000005.png x")
+    )
+    with pytest.raises(VizattnError, match=r"line 3: .*not 9\.\n.*line 6: .*integer"):
+        open_split(SUITE, "pets", "train", root)
+
+
 def test_an_unreadable_image_is_named(root):
     path = root / "pets" / "images" / "train" / "train000000.png"
     path.write_bytes(b"no image")

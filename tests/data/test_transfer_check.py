@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,15 @@ def test_a_task_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(VizattnError, match="is there already"):
         prepare(SPRITES, tmp_path)
     assert (folder(tmp_path) / "test.txt").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    old, young = (tmp_path / "vtab-1k" / f".dsprites_loc.{number}.tmp" for number in (1, 2))
+    for path in (old, young):
+        path.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepare(SPRITES, tmp_path)
+    assert not old.exists() and young.exists()
 
 
 def test_the_seed_selects_and_repeats(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vizattn.data.folder import nearest_tree
+from vizattn.data.folder import listed, nearest_tree
 from vizattn.errors import VizattnError
 
 __all__ = ["Entry", "demand_apart", "demand_union", "number_labels", "read_json", "read_list"]
@@ -36,27 +36,41 @@ def read_list(path: Path, num_classes: int) -> list[Entry]:
 
     Raises:
         VizattnError: The file cannot be read, is empty, or a line is damaged: no label, one that is no integer or no
-            class, an image for the second time. The message names the line.
+            class, an image for the second time. The message names every such line.
     """
     entries: list[Entry] = []
-    lines: dict[str, int] = {}
+    first: dict[str, int] = {}
+    problems = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        where = f"{path}, line {number}"
-        match = _LINE.fullmatch(line)
-        if not match:
-            raise VizattnError(f"{where}: expected a path and a label, such as images/test/000000.jpg 3, not {line!r}.")
-        label = _label(match["label"], num_classes, where)
-        name = _relative(match["path"], path.parent.name)
-        if name in lines:
-            raise VizattnError(f"{where}: {name} is also on line {lines[name]}; each image may be there once.")
-        lines[name] = number
-        entries.append(Entry(name, label, number))
+        try:
+            entry = _entry(line, number, path.parent.name, num_classes)
+            if entry.name in first:
+                raise VizattnError(f"{entry.name} is also on line {first[entry.name]}; each image may be there once.")
+        except VizattnError as error:
+            problems.append(f"{path}, line {number}: {error}")
+            continue
+        first[entry.name] = number
+        entries.append(entry)
+    if problems:
+        raise VizattnError(problems[0] if len(problems) == 1 else f"Lines are damaged:\n{listed(problems)}")
     if not entries:
         raise VizattnError(f"{path} lists no image.")
     return entries
+
+
+def _entry(line: str, number: int, folder: str, num_classes: int) -> Entry:
+    match = _LINE.fullmatch(line)
+    if not match:
+        raise VizattnError(f"expected a path and a label, such as images/test/000000.jpg 3, not {line!r}.")
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", match["label"]):
+        raise VizattnError(f"the label must be an integer, not {match['label']!r}.")
+    label = int(match["label"])
+    if not 0 <= label < num_classes:
+        raise VizattnError(f"the label must be 0 to {num_classes - 1}, not {label}.")
+    return Entry(_relative(match["path"], folder), label, number)
 
 
 def read_json(path: Path) -> list[tuple[str, Any]]:
@@ -139,15 +153,6 @@ def _text(path: Path) -> str:
         raise VizattnError(f"There is no {path}.\n{nearest_tree(str(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise VizattnError(f"Cannot read {path}: {error}") from None
-
-
-def _label(text: str, num_classes: int, where: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise VizattnError(f"{where}: the label must be an integer, not {text!r}.")
-    label = int(text)
-    if not 0 <= label < num_classes:
-        raise VizattnError(f"{where}: the label must be 0 to {num_classes - 1}, not {label}.")
-    return label
 
 
 def _relative(name: str, folder: str) -> str:

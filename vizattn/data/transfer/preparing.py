@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ _NOTE = (
     "and 200 cannot be rebuilt from this source, so results may differ from published ones by the choice of images."
 )
 _NOTE_ALL = " So were those of test."
+_STALE_SECONDS = 24 * 3600
 _CHUNK = 256  # images between two reports of progress
 
 
@@ -81,6 +83,7 @@ def prepare(
         origin = f"torchvision's copy of the source, torchvision {_torchvision_version()}"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with explain_disk_errors(folder, "choose another folder"):
+        _remove_stale(folder)
         try:
             _write(task, drawn, temporary, progress)
             (temporary / CLASS_FILE).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
@@ -97,6 +100,13 @@ def prepare(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _remove_stale(folder: Path) -> None:
+    """What processes that were killed left behind; younger folders may still be written to."""
+    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _torchvision_version() -> str:
