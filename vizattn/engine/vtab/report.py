@@ -98,14 +98,16 @@ def task_table(rows: Sequence[Row], suite: Suite) -> Table:
 
 def cost_table(rows: Sequence[Row], suite: Suite) -> Table:
     """Seconds and memory, over the tasks that are there."""
-    header = ["backbone", "method", "tasks", "seconds a final run", "seconds of all selections", "peak memory, MB"]
+    header = ["backbone", "method", "tasks", "seconds a final run", "seconds of all selections"]
+    header += ["seconds of backbone passes", "peak memory, MB"]
     body = []
     for row in rows:
         scores = [*row.scores.values()]
         seconds = sum(score.seconds for score in scores) / len(scores) if scores else None
         sweep = sum(score.sweep_seconds for score in scores)
         memory = max((score.peak_memory_mb for score in scores), default=None)
-        cells = [_number(seconds), _number(sweep), _number(memory, 0)]
+        passes = sum(score.pass_seconds for score in scores)
+        cells = [_number(seconds), _number(sweep), _number(passes), _number(memory, 0)]
         body.append([row.backbone, row.name, f"{len(scores)} of {len(suite.tasks)}", *cells])
     return header, body
 

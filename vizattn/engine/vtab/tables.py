@@ -22,7 +22,9 @@ class Score:
     seconds: float
     """Of one final training, with its evaluation."""
     sweep_seconds: float
-    """Of the whole selection."""
+    """Of the whole selection, without the pass of the backbone for its features."""
+    pass_seconds: float
+    """Of that pass; 0 where the backbone is in the loop, or its features were there already."""
     params: dict[str, int]
     peak_memory_mb: float
     samples: int
@@ -117,6 +119,7 @@ def _fill(row: Row, task: str, lines: Sequence[Line]) -> None:
             setting=newest,
             seconds=statistics.fmean(line["seconds"] for line in done),
             sweep_seconds=sum(line.get("seconds", 0.0) for line in selection),
+            pass_seconds=max((line.get("pass_seconds", 0.0) for line in lines), default=0.0),
             params=done[0]["params"],
             peak_memory_mb=max(line["peak_memory_mb"] for line in lines if line["status"] == "done"),
             samples=done[0]["samples"],
