@@ -201,8 +201,8 @@ def _checked(
 
 def _other_sizes(network: nn.Module, size: Size) -> tuple[list[Size], str | None]:
     """Other sizes that the model takes, one of them odd; if none, why."""
-    if isinstance(network, PixelLogits):
-        return [], "the exporters cannot follow how maps of odd sizes are padded and cut"
+    if isinstance(network, PixelLogits) or not hasattr(network, "blocks"):  # trying it may take many minutes
+        return [], "of pyramids and segmenters the exporters cannot follow how maps of odd sizes are padded and cut"
     step = max(2, size[0] // 4)
     taken, refused = [], None
     for other in ((size[0] + 2 * step, size[1] + step), (size[0] + 1, size[1] + 13)):
