@@ -20,8 +20,14 @@ from vizattn.engine.optim import build_optimizer, build_schedule
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.vtab.frozen import can_batch, inputs_of, put, right_answers, train_probes
 
-from ..conftest import TINY
-
+TINY = {
+    "name": "vit_va_nano_patch4_32",
+    "pretrained": False,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "linear_probe": {},
     "efficient_probing": {"num_queries": 4},
