@@ -52,7 +52,7 @@ def test_every_option_of_a_data_set_has_its_type() -> None:
         ({"optimiser": {}}, "Unknown option 'optimiser'. Did you mean 'optimizer'"),
         ({"optimizer": {"learning_rate": 1.0}}, r"Unknown option 'optimizer.learning_rate'.*optimizer.lr"),
         ({"data": {"batchsize": 3}}, r"Unknown option 'data.batchsize'. Did you mean 'data.batch_size'"),
-        ({"data": {"name": "digit"}}, r"data.name must be one of 'digits', 'glyphs', 'folder', 'transfer', not 'digit'"),
+        ({"data": {"name": "digit"}}, r"data.name must be one of 'digits', .*'transfer', not 'digit'"),
         ({"data": {"augment": "heavy"}}, r"data.augment must be one of 'none', 'light', 'standard', not 'heavy'"),
         ({"schedule": {"name": "cosin"}}, r"schedule.name must be one of 'cosine', 'poly', 'constant', not 'cosin'"),
         ({"schedule": {"epochs": 2.5}}, "schedule.epochs must be int, not 2.5"),
