@@ -89,8 +89,8 @@ def test_data_loads_every_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"pictures-40x60-96", "pairs-40x60-96"}
 
 
-def test_startup_starts_interpreters() -> None:
-    [case] = [case for case in cases_of("startup", Options()) if case.name == "vizattn --version"]
+def test_startup_starts_interpreters(tmp_path: Path) -> None:
+    [case] = [case for case in cases_of("startup", Options(folder=tmp_path)) if case.name == "vizattn --version"]
     assert b"vizattn" in case.build().run().stdout  # type: ignore[attr-defined]
 
 

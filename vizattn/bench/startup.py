@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import timm
 
@@ -21,10 +23,12 @@ PAIRS = {
 }
 
 
-def run_python(*arguments: str) -> Work:
-    """Starts an interpreter, and waits for its end."""
+def run_python(bytecode: Path, *arguments: str) -> Work:
+    """Starts an interpreter, and waits for its end; byte code of the first run is there for the others."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
     command = [sys.executable, *arguments]
-    return Work(functools.partial(subprocess.run, command, check=True, capture_output=True))
+    return Work(functools.partial(subprocess.run, command, check=True, capture_output=True, env=environment))
 
 
 def create(name: str) -> Work:
@@ -34,6 +38,8 @@ def create(name: str) -> Work:
 
 def cases(options: Options) -> list[Case]:
     """Imports, the command line, and models."""
+    assert options.folder is not None
+    run = functools.partial(run_python, options.folder / "bytecode")
     imports = {
         "timm": ("-c", "import timm"),
         "vizattn": ("-c", "import vizattn"),
@@ -46,11 +52,11 @@ def cases(options: Options) -> list[Case]:
         "vizattn list --json": ("-c", "import vizattn_cli; vizattn_cli.main(['list', '--json'])"),
     }
     found = [
-        _case("import", name, functools.partial(run_python, *arguments), name == "timm", name == "vizattn")
+        _case("import", name, functools.partial(run, *arguments), name == "timm", name == "vizattn")
         for name, arguments in imports.items()
     ]
     found += [
-        _case("command", name, functools.partial(run_python, *arguments), name == "python", name != "python")
+        _case("command", name, functools.partial(run, *arguments), name == "python", name != "python")
         for name, arguments in commands.items()
     ]
     for ours, theirs in PAIRS.items():
