@@ -108,9 +108,9 @@ def test_images_are_found_sorted_and_hidden_files_left_out(photo, tmp_path):
 def test_looking_for_damage_leaves_the_warning_filters_alone(tmp_path, monkeypatch):
     opened, delays = Image.open, itertools.cycle([0.003, 0.001, 0.002])
 
-    def slow(path):  # so that threads overlap, and end in another order than they began
+    def slow(path, **options):  # so that threads overlap, and end in another order than they began
         time.sleep(next(delays))
-        return opened(path)
+        return opened(path, **options)
 
     monkeypatch.setattr(Image, "open", slow)
     paths = [str(tmp_path / f"{i}.png") for i in range(60)]

@@ -25,18 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and the pictures, and print where they are."""
-    from vizattn.data.images import load_rgb
     from vizattn.engine.attend import attention_view, load_pretrained
     from vizattn.engine.attention_page import write_attention
     from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
+    from vizattn.engine.predict import read_image
     from vizattn.errors import VizattnError
     from vizattn.files import explain_disk_errors
 
     if args.model is None and args.bundle is None:
         raise VizattnError("Name a backbone with --model NAME, or what was trained with --bundle DIR.")
     device = choose_device(args.device)
-    image = _read(args.image, load_rgb)
+    try:
+        image = read_image(args.image)
+    except VizattnError as error:
+        raise VizattnError(f"Cannot read {args.image}: {error}.") from error
     if args.out.resolve() == args.image.resolve().parent and args.image.name.startswith(("layer-", "whole-")):
         raise VizattnError(f"{args.image} could be overwritten by what is shown of it: choose another --out DIR.")
     if args.bundle is not None:
@@ -52,18 +55,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{share:>7}  {name}")
     print(f"{written[0]}  the page; with {len(written) - 1} pictures beside it")
     return 0
-
-
-def _read(path: Path, load_rgb: Any) -> Any:
-    from PIL import UnidentifiedImageError
-
-    from vizattn.errors import VizattnError
-
-    try:
-        return load_rgb(path)
-    except OSError as error:
-        why = "not an image file" if isinstance(error, UnidentifiedImageError) else error.strerror or str(error)
-        raise VizattnError(f"Cannot read {path}: {why}.") from error
 
 
 def _check_name(model: Any, name: str | None, bundle: Path) -> None:

@@ -10,10 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -33,42 +30,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--masks", type=Path, metavar="DIR", help="of a segmenter: where masks and overlays go (default: predictions)"
     )
+    parser.add_argument(
+        "--save-overlay",
+        type=Path,
+        metavar="DIR",
+        help="write each picture with its classes below it; of a segmenter, the overlays there and not by the masks",
+    )
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict and print; 1 if some image could not be read, which the results and stderr name."""
-    from vizattn.data import build_transforms
     from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
+    from vizattn.engine.predict import FIRST_OF_SEVERAL, Predictor
     from vizattn.errors import VizattnError
     from vizattn.files import write_text
-    from vizattn.heads import Segmenter
 
-    from .predict_masks import predict_masks, refuse_overwriting, unique_names
+    from .predict_pictures import predict_masks, refuse_overwriting, unique_names
 
     paths = expand(args.images)
     trained = load_trained(args.bundle, args.weights)
-    model = trained.model.to(choose_device(args.device))
-    results: list[dict[str, Any]] = []
-    if isinstance(model, Segmenter):
-        each = (batch[0] for batch in _with_progress(paths, 1))
-        names, folder = unique_names(paths), args.masks or Path("predictions")
-        refuse_overwriting(paths, names, folder)
-        results += predict_masks(trained, zip(each, names), folder, args.top_k)
-    elif args.masks:
+    trained.model.to(choose_device(args.device))
+    predictor = Predictor(trained)
+    if args.masks and not predictor.segments:
         raise VizattnError(f"--masks is for models that segment images; {args.bundle} classifies them.")
+    masks = (args.masks or Path("predictions")) if predictor.segments else None
+    overlays = args.save_overlay or masks
+    names = unique_names(paths) if overlays else [""] * len(paths)
+    refuse_overwriting(paths, names, masks, overlays)
+    results: list[dict[str, Any]] = []
+    images = list(zip(paths, names, strict=True))
+    if masks and overlays:
+        results += predict_masks(
+            predictor, (batch[0] for batch in _with_progress(images, 1)), masks, overlays, args.top_k
+        )
     else:
-        transform = build_transforms(trained.preprocessing, train=False)
-        for batch in _with_progress(paths, args.batch_size):
-            results += predict_batch(model, batch, transform, trained.class_names, args.top_k)
+        for batch in _with_progress(images, args.batch_size):
+            results += predict_batch(predictor, batch, overlays, args.top_k)
 
     text = {"table": _table, "json": _json, "csv": _csv}[args.format](results)
     if args.output:
         write_text(args.output, text)
     else:
         sys.stdout.write(text)
+    several = [result["image"] for result in results if result.get("note") == FIRST_OF_SEVERAL]
+    if several:
+        print(f"Of {len(several)} of the files {FIRST_OF_SEVERAL} was taken, as of {several[0]}.", file=sys.stderr)
     failed = [result for result in results if "error" in result]
     for result in failed:
         print(f"Cannot read {result['image']}: {result['error']}", file=sys.stderr)
@@ -101,37 +110,42 @@ def expand(inputs: Sequence[str]) -> list[Path]:
 
 
 def predict_batch(
-    model: nn.Module, paths: Sequence[Path], transform: Any, class_names: Sequence[str], top_k: int
+    predictor: Any, images: Sequence[tuple[Path, str]], overlays: Path | None, top_k: int
 ) -> list[dict[str, Any]]:
-    """A dict an image: `image` and either `predictions` (class, probability; best first) or `error`."""
-    import torch
-    from PIL import UnidentifiedImageError
+    """A dict an image: `image` and either `predictions` (class, probability; best first) or `error`.
 
-    from vizattn.data.images import load_rgb
+    With a folder for `overlays`, each picture with its classes below it becomes ``NAME_overlay.png`` there, `overlay`.
+    """
+    from vizattn.engine.pictures import caption, save_image
+    from vizattn.engine.predict import FIRST_OF_SEVERAL, read_image
+    from vizattn.errors import VizattnError
 
-    results: list[dict[str, Any]] = [{"image": str(path)} for path in paths]
-    tensors: dict[int, Tensor] = {}
-    for i, path in enumerate(paths):
+    results: list[dict[str, Any]] = [{"image": str(path)} for path, _ in images]
+    tensors: list[Any] = []
+    read: list[tuple[dict[str, Any], Path | None, Any]] = []
+    for (path, name), result in zip(images, results, strict=True):
         try:
-            tensors[i] = transform(load_rgb(path))
-        except OSError as error:
-            results[i]["error"] = (
-                "not an image file" if isinstance(error, UnidentifiedImageError) else error.strerror or str(error)
-            )
-    if tensors:
-        device = next(model.parameters()).device
-        with torch.inference_mode():
-            probabilities = model(torch.stack(list(tensors.values())).to(device)).float().softmax(-1).cpu()
-        for i, row in zip(tensors, probabilities, strict=True):
-            best = row.topk(min(top_k, len(row)))
-            results[i]["predictions"] = [
-                {"class": class_names[c], "probability": round(p, 6)}
-                for p, c in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            ]
+            image = read_image(path)
+            tensors.append(predictor.transform(image))
+        except (VizattnError, MemoryError) as error:
+            result["error"] = str(error) or "there is not enough memory for it"
+            continue
+        if image.info.get("first_of_several"):
+            result["note"] = FIRST_OF_SEVERAL
+        image.thumbnail((1024, 1024))  # what a picture of it shows
+        read.append((result, overlays / f"{name}_overlay.png" if overlays else None, image if overlays else None))
+    if not read:
+        return results
+    for (result, file, image), best in zip(read, predictor.classify(tensors, top_k), strict=True):
+        result["predictions"] = best
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_image(caption(image, [f"{100 * p['probability']:.1f} %  {p['class']}" for p in best]), file)
+            result["overlay"] = str(file)
     return results
 
 
-def _with_progress(paths: Sequence[Path], batch_size: int) -> Iterator[Sequence[Path]]:
+def _with_progress(paths: Sequence[Any], batch_size: int) -> Iterator[Sequence[Any]]:
     """Batches of `paths`, with a bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress

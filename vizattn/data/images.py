@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,40 +45,67 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def load_rgb(path: str | os.PathLike[str], upright: bool = True, least_side: int | None = None) -> Image.Image:
+def load_rgb(
+    path: str | os.PathLike[str] | BinaryIO,
+    upright: bool = True,
+    least_side: int | None = None,
+    *,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """Decodes an image file to RGB.
 
-    The EXIF orientation is applied if `upright`; of an animation the first frame is taken; transparent parts become
-    white; 16-bit and float images are scaled to 8 bits.
+    The EXIF orientation is applied if `upright`; of an animation or of pages the first is taken, and
+    ``info["first_of_several"]`` of the result is True; transparent parts become white; 16-bit and float images are
+    scaled to 8 bits.
 
     Args:
-        path: The file.
+        path: The file, or one that is open.
         upright: Whether to apply the EXIF orientation.
         least_side: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size (the last steps of decoding left out) while
             both sides keep this many pixels: several times faster for large photographs, and other pixels than those
             of a full image made smaller. None decodes in full.
+        max_pixels: Refuse larger images before they are decoded. None leaves it to Pillow's own limit.
+        formats: Pillow's names of the formats that are tried. None tries all.
 
     Raises:
         OSError: The file cannot be read or decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
-        return _decode(path, upright, least_side)
+        return _decode(path, upright, least_side, max_pixels, formats)
 
 
-def _decode(path: str | os.PathLike[str], upright: bool = True, least_side: int | None = None) -> Image.Image:
+def _decode(
+    path: str | os.PathLike[str] | BinaryIO,
+    upright: bool = True,
+    least_side: int | None = None,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise OSError(f"{image.width} x {image.height} pixels are more than {max_pixels / 1e6:g} million")
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
             image.load()
-            return _to_rgb(_upright(image) if upright else image)
+            rgb = _to_rgb(_upright(image) if upright else image)
+            if _first_of_several(image):
+                rgb.info["first_of_several"] = True
+            return rgb
     except OSError:
         raise
     except (
         Exception
     ) as error:  # decoders raise all kinds: SyntaxError, ValueError, struct.error, DecompressionBombError
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _first_of_several(image: Image.Image) -> bool:
+    with suppress(Exception):  # damage behind a good picture
+        return image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photograph with its previews
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

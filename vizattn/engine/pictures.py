@@ -14,7 +14,17 @@ from torch import nn
 
 from vizattn.files import replacing
 
-__all__ = ["OverlayHook", "Palette", "index_image", "legend", "overlay", "plain_item", "save_image", "segment"]
+__all__ = [
+    "OverlayHook",
+    "Palette",
+    "caption",
+    "index_image",
+    "legend",
+    "overlay",
+    "plain_item",
+    "save_image",
+    "segment",
+]
 
 Palette = Sequence[Sequence[int]]
 
@@ -68,6 +78,19 @@ def legend(class_names: Sequence[str], palette: Palette) -> Image.Image:
         draw.rectangle((6, top + 2, 26, top + 18), fill=tuple(colour), outline="black")
         draw.text((34, top + 2), line, fill="black", font=font)
     return picture
+
+
+def caption(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """The picture, small ones enlarged, with lines of text below it."""
+    factor = max(1, 224 // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    font, height = ImageFont.load_default(size=14), 20
+    width = max(picture.width, 12 + int(max(font.getlength(line) for line in lines)))
+    sheet = Image.new("RGB", (width, picture.height + height * len(lines) + 8), "white")
+    sheet.paste(picture)
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((6, picture.height + 4 + row * height), line, fill="black", font=font)
+    return sheet
 
 
 def save_image(image: Image.Image, path: Path) -> None:
