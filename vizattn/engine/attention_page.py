@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from vizattn.engine.pictures import save_image
-from vizattn.engine.report import image_html, paragraph, png_url, table_html, write_page
+from vizattn.engine.report import image_html, page_html, paragraph, png_url, table_html
 from vizattn.explain import AttentionMap
+from vizattn.files import write_text
 
-__all__ = ["View", "encode_map", "heat", "layer_picture", "stored_queries", "write_attention"]
+__all__ = ["View", "attention_html", "encode_map", "heat", "layer_picture", "stored_queries", "write_attention"]
 
 #: Weights that differ from zero which a page holds, over all layers; and weights of one layer in all.
 PAGE_BUDGET, LAYER_BUDGET = 12 << 20, 24 << 20
@@ -65,15 +66,18 @@ def write_attention(view: View, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    figures = []
     for i, (name, values) in enumerate(view.whole):
-        picture = heat(view.picture, values)
         written.append(folder / f"whole-{i}-{_file_name(name)}.png")
-        save_image(picture, written[-1])
-        figures.append(image_html(picture, name))
+        save_image(heat(view.picture, values), written[-1])
     for i, attention in enumerate(view.maps):
         written.append(folder / f"layer-{i:02d}-{_file_name(attention.name)}.png")
         save_image(layer_picture(view.picture, attention), written[-1])
+    write_text(folder / "index.html", attention_html(view))
+    return [folder / "index.html", *written]
+
+
+def attention_html(view: View) -> str:
+    """The page by itself, which loads nothing from anywhere."""
     shown = view.picture.resize(_shown_size(view.picture), Image.Resampling.NEAREST)
     data = {
         "picture": png_url(shown),
@@ -85,10 +89,10 @@ def write_attention(view: View, folder: Path) -> list[Path]:
     sections = [("Layers and heads", _viewer(data))]
     if view.predictions:
         sections.insert(0, ("Prediction", table_html(["class", view.measure], view.predictions)))
-    if figures:
-        sections.append(("Through all layers", f'<div class="whole">{"".join(figures)}</div>'))
-    write_page(folder / "index.html", view.title, sections)
-    return [folder / "index.html", *written]
+    if view.whole:
+        figures = "".join(image_html(heat(view.picture, values), name) for name, values in view.whole)
+        sections.append(("Through all layers", f'<div class="whole">{figures}</div>'))
+    return page_html(view.title, sections)
 
 
 def heat(picture: Image.Image, values: np.ndarray) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vizattn.files import write_text
 
-__all__ = ["figure_html", "image_html", "paragraph", "png_url", "table_html", "write_page"]
+__all__ = ["figure_html", "image_html", "page_html", "paragraph", "png_url", "table_html", "write_page"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -63,12 +63,16 @@ def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Write one HTML file of (heading, HTML) sections that loads nothing from anywhere."""
+def page_html(title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """One page of (heading, HTML) sections that loads nothing from anywhere."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
-    write_text(
-        path,
+    return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n",
+        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
     )
+
+
+def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
+    """Write the page of (heading, HTML) sections as one file."""
+    write_text(path, page_html(title, sections))
