@@ -119,6 +119,22 @@ def test_onnx_files_of_every_method(method: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx"]  # no weights beside it
 
 
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+BEIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kwargs"), [("swin_tiny_patch4_window7_224", SWIN), ("beit_base_patch16_224", BEIT)])
+def test_onnx_files_of_attention_with_position_biases(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model = timm.create_model(name, num_classes=10, **kwargs).eval()
+    preprocessing = {**preprocessing_of(model), "input_size": [3, 32, 32]}
+    exported = export_model(Trained(model, CLASSES, preprocessing, None), tmp_path / "model.onnx")
+    assert not exported.any_size
+    x = images(5, 32, 32)
+    found = OnnxModel((tmp_path / "model.onnx").read_bytes())(x)
+    torch.testing.assert_close(found, logits(model, x), rtol=1e-3, atol=1e-5)
+
+
 def test_merged_files_are_the_adapted_model(tmp_path: Path) -> None:
     model = trained("apla")
     x = images(3, 32, 32)

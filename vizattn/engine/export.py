@@ -226,14 +226,15 @@ Run = Callable[[Tensor], Tensor]
 
 
 def _onnx(program: Any, notes: Mapping[str, str]) -> tuple[bytes, Run]:
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-        input_names=["images"],
-        output_names=["logits"],
-    )
+    with torch.no_grad():  # as it was captured: operators of attention are taken apart differently with gradients
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=["images"],
+            output_names=["logits"],
+        )
     assert exported is not None
     written = _with_metadata(exported.model_proto.SerializeToString(), notes)
     return written, OnnxModel(written)
