@@ -257,6 +257,18 @@ def test_exif_orientation_follows_the_mask(tmp_path, mask_size, turned):
     assert (left > 100 and top < 50) if turned else (left < 50 and top > 100)
 
 
+def test_an_orientation_that_keeps_the_sides_is_followed(tmp_path):
+    fill(tmp_path, 4)
+    stored = Image.new("RGB", SIZE, "white")
+    stored.paste("black", (0, 0, 6, 8))  # at the left as stored, at the right when turned by half
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for i in range(4):
+        stored.save(tmp_path / "images" / f"{i:02}.jpg", exif=exif, quality=95)
+    image, _ = SegmentationFolder(tmp_path, "train")[0]
+    assert np.asarray(image)[:, 0].mean() > 200 and np.asarray(image)[:, -1].mean() < 50
+
+
 def test_identity_changes_with_files_and_names(flat):
     identity = SegmentationFolder(flat, "train").identity
     assert identity == SegmentationFolder(flat, "train").identity

@@ -18,10 +18,10 @@ __all__ = [
     "check_labels",
     "count_labels",
     "distinct",
+    "image_sizes",
     "palette_of",
     "read_mask",
     "size_problem",
-    "stored_size",
     "to_classes",
     "voc_palette",
 ]
@@ -48,8 +48,9 @@ def voc_palette(count: int = 256) -> list[tuple[int, int, int]]:
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """The label numbers in a file, (H, W), as uint8 or int32.
 
-    Palette images give their indices, greyscale images their values, and colour images the index of
-    each colour in Pascal VOC's palette, or their grey values if they are grey.
+    Palette images give their indices, greyscale images their values (of 16 bits too, where 255 is ignored as in 8, and
+    so is 65535), and colour images the index of each colour in Pascal VOC's palette, or their grey values if they are
+    grey.
 
     Raises:
         OSError: The file cannot be read, or holds no labels: JPEG, which changes values, or other colours.
@@ -153,19 +154,14 @@ def palette_of(path: str, count: int) -> list[tuple[int, int, int]] | None:
 
 def size_problem(image: str, mask: str) -> str | None:
     """How the sizes of an image and its mask differ, upright or as stored, by the files' headers."""
-    stored, upright, labels = *_sizes(image), _sizes(mask)[0]
+    stored, upright, labels = *image_sizes(image), image_sizes(mask)[0]
     if labels in (stored, upright):
         return None
     return f"the image has {upright[0]} x {upright[1]} pixels, its mask {labels[0]} x {labels[1]}"
 
 
-def stored_size(image: str) -> tuple[int, int]:
-    """Width and height before the EXIF orientation is applied."""
-    return _sizes(image)[0]
-
-
-def _sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height as stored, and upright."""
+def image_sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height as stored, and upright: as the EXIF orientation turns the image."""
     with Image.open(path) as image:
         try:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientations that swap the sides

@@ -19,9 +19,9 @@ from vizattn.data.images import load_rgb, unreadable
 from vizattn.data.masks import (
     IGNORE_INDEX,
     check_labels,
+    image_sizes,
     read_mask,
     size_problem,
-    stored_size,
     to_classes,
 )
 from vizattn.data.segmentation_layouts import Pair, find_pairs
@@ -35,7 +35,7 @@ class SegmentationFolder(Dataset):
 
     An item is an image (PIL RGB) and its mask (uint8 (H, W): positions in `class_names`, 255 where ignored) through
     `transform`. See `find_pairs` for the layouts and `read_mask` for the kinds of masks. An image is turned as its EXIF
-    orientation says, unless its mask has the size of the image as stored.
+    orientation says, as in prediction, unless its mask fits only the image as stored.
 
     Class names come from `class_names`, or from a classes.txt, class_names.txt or labels.txt in the folder (one name a
     line, or "index: name"), or are those of Pascal VOC, Cityscapes or ADE20K where layout and names of the files say
@@ -125,8 +125,7 @@ class SegmentationFolder(Dataset):
             path, mask_path = self.paths[place], self.mask_paths[place]
             try:
                 classes = read_classes(mask_path, self.reduce_zero_label)
-                stored = stored_size(path) == classes.shape[::-1]
-                image = load_rgb(path, upright=not stored)
+                image = load_rgb(path, upright=image_sizes(path)[1] == classes.shape[::-1])
                 if image.size != classes.shape[::-1]:
                     raise OSError(size_problem(path, mask_path) or "its mask has another size")
             except OSError as error:
