@@ -35,10 +35,12 @@ RESERVED = {
     "mmengine": ("vizattn/engine/",),
     "albumentations": ("vizattn/data/",),
     "peft": ("vizattn/bench/peers.py",),
+    "fastapi": ("vizattn/engine/serving/app.py",),
+    "uvicorn": ("vizattn/engine/serving/server.py",),
     "natten": ("vizattn/attention/neighborhood.py", "vizattn/bench/peers.py"),  # used, and measured against
 }
 LATE = {"mmengine", "peft", "albumentations", "wandb", "natten", "sklearn", "matplotlib", "rich"}
-LATE |= {"onnx", "onnxruntime", "onnxscript"}
+LATE |= {"fastapi", "uvicorn", "onnx", "onnxruntime", "onnxscript"}
 
 FILES = sorted(path for folder in ("vizattn", "models", "configs") for path in (ROOT / folder).rglob("*.py"))
 

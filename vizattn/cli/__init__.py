@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train a backbone or an adapter from a recipe",
     "eval": "measure a trained model or a bundle",
     "predict": "classify images, or segment them",
+    "serve": "a page and a JSON endpoint for a trained model, on this machine",
     "attend": "show what a model looks at in an image",
     "bundle": "show, compare, merge and average bundles",
     "export": "write a model as a file for onnxruntime or torch.export",

@@ -1,0 +1,92 @@
+"""The application on a socket of this machine, by uvicorn."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vizattn.errors import VizattnError
+
+__all__ = ["bind", "is_loopback", "run"]
+
+#: Seconds for the head of a request, and for a whole exchange on a connection.
+HEAD_SECONDS, EXCHANGE_SECONDS = 10.0, 150.0
+#: Open connections, at most.
+CONNECTIONS = 128
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens at `host` and `port`; 0: any that is free.
+
+    Raises:
+        VizattnError: It cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VizattnError(
+            f"Cannot listen at {host}, port {port}: {reason}. Choose another --port or --host."
+        ) from error
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches a numeric address."""
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def run(app: Any, listening: socket.socket) -> None:
+    """Serve until Ctrl-C or a signal to end; what runs then has five seconds to finish.
+
+    Raises:
+        KeyboardInterrupt: It was Ctrl-C.
+    """
+    logging.getLogger("uvicorn.error").addFilter(_expected)
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=16 << 10,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    """Not what any client can cause."""
+    return not record.getMessage().startswith(("Invalid HTTP request", "Exceeded concurrency", "Unsupported upgrade"))
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP whose connections end when a request does not get on: no head in time, or an answer that is not taken."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch(None, 0.0)
+
+    def _watch(self, seen: Any, since: float) -> None:
+        if self.transport.is_closing():
+            return
+        now = self.loop.time()
+        if seen is not self.cycle or not since:
+            since = now
+        running = self.cycle is not None and not self.cycle.response_complete
+        if now - since >= (EXCHANGE_SECONDS if running else HEAD_SECONDS):
+            self.transport.abort()
+            return
+        again: Callable[..., None] = self._watch
+        self.loop.call_later(HEAD_SECONDS / 2, again, self.cycle, since)
