@@ -40,12 +40,14 @@ _BN_MOMENTUM, _BN_EPS = 0.1, 1e-6
 def can_batch(model: nn.Module, config: Mapping[str, Any]) -> bool:
     """Whether `train_probes` does what the engine's loop would do for this model and resolved recipe."""
     methods = [adapter.method for adapter in attached(model)]
-    optimizer, loss = config["optimizer"], config["loss"]
+    optimizer, loss, data = config["optimizer"], config["loss"], config["data"]
     plain = not (config["ema"] or loss["mixup"] or loss["cutmix"] or optimizer["clip_grad"] or optimizer["layer_decay"])
     return (
         methods in (["linear_probe"], ["efficient_probing"])
         and _only_linear(model)
         and plain
+        and data.get("augment", "none") == "none"  # features are those of unchanged images
+        and config["schedule"]["min_lr"] == 0  # all learning rates fall by the same factors
         and optimizer["accumulate"] == 1
         and config["amp"] is None
         and optimizer["name"] in OPTIMIZERS
@@ -53,7 +55,9 @@ def can_batch(model: nn.Module, config: Mapping[str, Any]) -> bool:
 
 
 def _only_linear(model: nn.Module) -> bool:
-    """Whether nothing trains but the classifier and the probe in front of it."""
+    """Whether nothing trains but the classifier and the probe in front of it, and nothing is dropped at random."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return False
     parts: list[nn.Module] = [_classifier(model)]
     probe = _probe(model)
     if probe is not None:
@@ -77,27 +81,26 @@ def inputs_of(model: nn.Module, features: Tensor) -> Tensor:
     return features if probe is None else probe.tokens(features)
 
 
-def _start(model: nn.Module, settings: int) -> Params:
-    """The parameters as the model has them now, once for each setting."""
-    head = _classifier(model)
-    found = {"weight": head.weight, "bias": head.bias}
-    probe = _probe(model)
+def _places(model: nn.Module) -> Params:
+    """Where the model has what `Params` name."""
+    head, probe = _classifier(model), _probe(model)
+    found: Params = {"weight": head.weight, "bias": head.bias}
     if probe is not None:
         found |= {"queries": probe.probe.queries, "v": probe.probe.v.weight}
         found |= {"mean": probe.norm.running_mean, "var": probe.norm.running_var}
-    return {name: value.detach().expand(settings, *value.shape).clone() for name, value in found.items()}
+    return found
+
+
+def _start(model: nn.Module, settings: int) -> Params:
+    """The parameters as the model has them now, once for each setting."""
+    places = _places(model)
+    return {name: value.detach().expand(settings, *value.shape).clone() for name, value in places.items()}
 
 
 def put(model: nn.Module, params: Mapping[str, Tensor], setting: int) -> None:
     """Give the model the parameters of one setting."""
-    head = _classifier(model)
-    places = {"weight": head.weight, "bias": head.bias}
-    probe = _probe(model)
-    if probe is not None:
-        places |= {"queries": probe.probe.queries, "v": probe.probe.v.weight}
-        places |= {"mean": probe.norm.running_mean, "var": probe.norm.running_var}
     with torch.no_grad():
-        for name, place in places.items():
+        for name, place in _places(model).items():
             place.copy_(params[name][setting])
 
 
