@@ -122,12 +122,20 @@ def test_a_setting_that_diverges_leaves_the_others_alone() -> None:
         {"loss.mixup": 0.2},
         {"ema": {"decay": 0.9}},
         {"amp": "bf16"},
+        {"data.augment": "light"},
+        {"schedule.min_lr": 1e-5},
     ],
 )
 def test_what_only_the_engine_does_is_left_to_it(change: dict[str, Any]) -> None:
     model = _model("linear_probe")
     assert can_batch(model, _config("adamw"))
     assert not can_batch(model, _config("adamw", **change))
+
+
+def test_what_drops_features_at_random_is_left_to_the_engine() -> None:
+    model = timm.create_model(str(TINY["name"]), num_classes=CLASSES, drop_rate=0.5)
+    vizattn.attach(model, "linear_probe")
+    assert not can_batch(model, _config("adamw"))
 
 
 def test_methods_that_change_features_are_left_to_the_engine() -> None:
