@@ -116,6 +116,15 @@ def test_only_the_newest_choice_of_hyper_parameters_counts(results: Results) -> 
     assert row.scores[task.name].values == pytest.approx([90.0]) and len(row.scores[SUITE.tasks[1].name].values) == 3
 
 
+def test_seeds_that_failed_are_told(results: Results, tmp_path: Path) -> None:
+    task = SUITE.tasks[0]
+    results.append([_line(task, 9, 0.0, status="failed", reason="out of memory", cell="lost")])
+    results.read()
+    write_reports(results, SUITE, tmp_path)
+    assert f"fewer seeds for {task.name}: 1 of 4 seeds failed: out of memory" in (tmp_path / "report.md").read_text()
+    assert "1 of 4 seeds failed" in (tmp_path / "report.csv").read_text()
+
+
 def test_methods_stand_side_by_side_by_task(results: Results) -> None:
     results.append(
         _line(task, 1, 0.25, row="other", method="hst", adapter={"method": "hst"}, cell=task.name)

@@ -164,7 +164,8 @@ def _notes(rows: Sequence[Row], suite: Suite) -> list[str]:
         )
     for row in rows:
         for task, reason in row.failures.items():
-            notes.append(f"{row.name} on {row.backbone} has no result for {task}: {reason}")
+            what = "has fewer seeds for" if task in row.scores else "has no result for"
+            notes.append(f"{row.name} on {row.backbone} {what} {task}: {reason}")
         never = [task for task in row.missing(suite) if task not in row.failures]
         if never:
             notes.append(f"{row.name} on {row.backbone} was not run on {', '.join(never)}.")
@@ -213,7 +214,8 @@ def _csv(rows: Sequence[Row], suite: Suite) -> str:
                 continue
             values = [round(score.mean, 4), round(score.std, 4), len(score.values), score.samples]
             values += [score.params["with_head"], score.params["without_head"]]
-            writer.writerow([*about, *values, round(score.seconds, 3), score.peak_memory_mb, ""])
+            values += [round(score.seconds, 3), score.peak_memory_mb]
+            writer.writerow([*about, *values, row.failures.get(task.name, "")])
     return text.getvalue()
 
 

@@ -49,7 +49,7 @@ class Row:
     scores: dict[str, Score] = field(default_factory=dict)
     """By task; those without a finished final cell are not in it."""
     failures: dict[str, str] = field(default_factory=dict)
-    """The reason of a task's last failure, where there is no score."""
+    """The reason of a task's last failure, where there is no score, or one over fewer seeds than were run."""
     failed_settings: int = 0
     """Cells of selections that failed; they count as settings not chosen."""
 
@@ -124,6 +124,9 @@ def _fill(row: Row, task: str, lines: Sequence[Line]) -> None:
             peak_memory_mb=max(line["peak_memory_mb"] for line in lines if line["status"] == "done"),
             samples=done[0]["samples"],
         )
+        reasons = [line["reason"] for line in finals if line["status"] == "failed" and line["setting"] == newest]
+        if reasons:
+            row.failures[task] = f"{len(reasons)} of {len(reasons) + len(done)} seeds failed: {reasons[-1]}"
     else:
         reasons = [line["reason"] for line in lines if line["status"] == "failed"]
         row.failures[task] = reasons[-1] if reasons else "not finished"
