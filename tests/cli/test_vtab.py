@@ -40,6 +40,19 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "was not run on photo_crops" in (tmp_path / "elsewhere" / "report.md").read_text()
 
 
+def test_a_task_without_a_result_is_told_by_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vizattn.engine.vtab import cells
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError("not enough")
+
+    monkeypatch.setattr(cells, "train", fail)
+    assert main([*MINI, "vpt", "--out", str(tmp_path), "--seeds", "1", "--device", "cpu"]) == 1
+    assert "failed: digits, vpt, final, seed 42, {}: MemoryError: not enough" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*MINI, "linear_probe", "vpt", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "2 methods with 41 settings: 50 cells" in capsys.readouterr().out
@@ -58,6 +71,9 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([*MINI, "vpt", "--sweep", "optimizer.lrr=1"], "Did you mean 'optimizer.lr'"),
         ([*MINI, "vpt", "--sweep", "lr=-1,1"], "optimizer.lr must be above 0"),
         ([*MINI, "vpt", "--seeds", "x"], "--seeds takes how many"),
+        ([*MINI, "vpt", "--backbone", "vit_va_nano_patch4_23"], "Did you mean 'vit_va_nano_patch4_32'"),
+        ([*MINI, "linear_probe", "--cfg-options", "adapter.num_tokens=3"], "num_tokens"),
+        ([*MINI, "vpt", "--device", "cpuu"], "Did you mean 'cpu'"),
         ([*MINI, "vpt", "--workers", "0"], "--workers must be at least 1"),
         ([*MINI, "vpt", "--ray", "nowhere:1", "--backbone", "vit_va_nano_patch4_32"], "Ray"),
         (["vtab", "report", "nowhere"], "There are no results in nowhere"),
@@ -87,6 +103,7 @@ def test_seeds_are_those_of_the_publication_first() -> None:
     assert _seeds("5", "--seeds") == [42, 44, 82, 100, 800]
     assert _seeds("7", "--seeds") == [42, 44, 82, 100, 800, 0, 1]
     assert _seeds("7,9", "--seeds") == [7, 9] and _seeds("1", "--seeds") == [42]
+    assert _seeds("7,", "--seeds") == [7] and _seeds("0,", "--seeds") == [0]
     for wrong in ("0", "-1", "1,1", "", "two"):
         with pytest.raises(VizattnError, match="--seeds takes"):
             _seeds(wrong, "--seeds")

@@ -92,15 +92,16 @@ def _seeds(text: str, option: str) -> list[int]:
     from vizattn.engine.vtab.plan import PUBLISHED_SEEDS
     from vizattn.errors import VizattnError
 
+    listed = "," in text
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         numbers = [-1]
-    if min(numbers) < 0 or numbers == [0] or len(set(numbers)) < len(numbers):
+    if min(numbers) < 0 or (numbers == [0] and not listed) or len(set(numbers)) < len(numbers):
         raise VizattnError(
-            f"{option} takes how many, as in 5, or a list of different seeds, as in 42,44; not {text!r}."
+            f"{option} takes how many, as in 5, or a list of different seeds, as in 42,44 or 7,; not {text!r}."
         )
-    if len(numbers) > 1 or text.endswith(","):
+    if listed:
         return numbers
     further = (seed for seed in range(10_000) if seed not in PUBLISHED_SEEDS)
     return [*PUBLISHED_SEEDS, *(next(further) for _ in range(max(0, numbers[0] - 5)))][: numbers[0]]
@@ -109,7 +110,9 @@ def _seeds(text: str, option: str) -> list[int]:
 def study_of(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
     """The study that the arguments of `vtab run` describe, and why tasks were left out of it."""
     from vizattn.data.transfer import available, get_suite, select_tasks
+    from vizattn.engine.build import choose_device
     from vizattn.engine.config import parse_overrides
+    from vizattn.engine.models import check_model
     from vizattn.engine.vtab.plan import Study, cell_of, load_method
     from vizattn.errors import VizattnError
 
@@ -140,7 +143,9 @@ def study_of(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
     )
     for method in methods:  # a mistake in an option shows here, before anything is computed
         for setting in method.grid:
-            cell_of(study, method, tasks[0], "final", setting, 0)
+            check_model(cell_of(study, method, tasks[0], "final", setting, 0).config)
+    if args.ray is None:
+        choose_device(args.device)
     return study, absent
 
 
@@ -148,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vizattn.data.transfer import get_suite
-    from vizattn.engine.vtab.plan import total
+    from vizattn.engine.vtab.plan import all_measured, total
     from vizattn.engine.vtab.results import Results
     from vizattn.engine.vtab.runner import run_study
     from vizattn.errors import VizattnError
@@ -171,29 +176,51 @@ def _run(args: argparse.Namespace) -> int:
     _watch(study, folder, count, args, console, run_study)
     results = Results(folder)
     results.read()
-    failed = [line for line in results.cells() if line["status"] == "failed"]
+    failed = [line for line in results.cells() if line["status"] == "failed" and _place(line) in _places(study)]
     for line in failed[-5:]:
         place = f"{line['task']}, {line['method']}, {line['stage']}, seed {line['seed']}, {line['setting']}"
         console.print(f"failed: {place}: {line['reason']}", markup=False)
     if len(failed) > 5:
         console.print(f"{len(failed)} cells failed in all; their reasons are in {results.path}")
     _show(results, get_suite(args.suite), folder)
-    return 0
+    return 0 if all_measured(study, results) else 1
+
+
+def _place(line: dict[str, Any]) -> tuple[str, str]:
+    return line["task"], line["row"]
+
+
+def _places(study: Any) -> set[tuple[str, str]]:
+    """(task, row of the tables) of all that a study measures."""
+    return {(task.name, method.key) for task in study.tasks for method in study.methods}
 
 
 def _watch(study: Any, folder: Path, count: int, args: argparse.Namespace, console: Any, run_study: Any) -> None:
-    """Run, with a bar over the cells of this study."""
+    """Run, with a bar over the cells of this study; each warning is shown once, however many cells it is about."""
     import logging
+    import warnings
 
-    names = {(task.name, method.key) for task in study.tasks for method in study.methods}
-    seen: set[str] = set()
+    from vizattn.engine.vtab.results import Results
+
+    names, earlier = _places(study), Results(folder)
+    earlier.read()
+    seen = {line["cell"] for line in earlier.cells() if _place(line) in names}
+    warned: set[str] = set()
+    plain = warnings.showwarning
+
+    def warn_once(message: Warning | str, *place: Any, **kwargs: Any) -> None:
+        if str(message) not in warned:
+            warned.add(str(message))
+            plain(message, *place, **kwargs)
+
     logging.getLogger("vizattn").setLevel(logging.ERROR)  # each model would say that its head is new
-    with _bar(console) as bar:
-        whole = bar.add_task("cells", total=count)
+    with _bar(console) as bar, warnings.catch_warnings():
+        warnings.showwarning = warn_once
+        whole = bar.add_task("cells", total=count, completed=min(len(seen), count))
 
         def report(lines: list[dict[str, Any]]) -> None:
             for line in lines:
-                if (line["task"], line["row"]) in names:
+                if _place(line) in names:
                     seen.add(line["cell"])
                     bar.update(whole, completed=min(len(seen), count), description=f"{line['task']}, {line['method']}")
                     if not console.is_terminal and line["stage"] == "final":

@@ -12,7 +12,7 @@ from torch import nn
 from vizattn.adapters.bundle import OWN_WEIGHTS
 from vizattn.errors import VizattnError, unknown
 
-__all__ = ["OWN_WEIGHTS", "build_model", "build_segmenter", "model_preprocessing", "weights_options"]
+__all__ = ["OWN_WEIGHTS", "build_model", "build_segmenter", "check_model", "model_preprocessing", "weights_options"]
 
 
 def build_model(config: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -62,19 +62,32 @@ def _attach(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _create(config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
-    """The recipe's backbone as `kwargs` ask for it, with its pretrained weights."""
+def check_model(config: Mapping[str, Any]) -> None:
+    """See what can be seen of a resolved recipe's model and adapters before the model is made.
+
+    Raises:
+        VizattnError: Unknown model or adapter option, or frozen weights that a bundle could not name.
+    """
     import timm
 
     import vizattn  # noqa: F401  (registers the backbones)
     from vizattn.adapters import make_options
 
-    adapters = _adapters_of(config)
+    adapters, name = _adapters_of(config), config["model"]["name"]
     for method, entry in adapters:
-        make_options(method, entry)  # a mistake there is cheaper to find before the model is made
-    options = dict(config["model"])
+        make_options(method, entry)
     if adapters:
-        _check_rebuildable(options, [method for method, _ in adapters])
+        _check_rebuildable(config["model"], [method for method, _ in adapters])
+    if not timm.is_model(name.split("/")[-1].split(".")[0]) and ":" not in name:
+        raise unknown("model", name, timm.list_models(), "vizattn list PATTERN")
+
+
+def _create(config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    """The recipe's backbone as `kwargs` ask for it, with its pretrained weights."""
+    import timm
+
+    check_model(config)
+    options = dict(config["model"])
     name = options.pop("name")
     num_classes = kwargs.get("num_classes")
     asked = options.pop("num_classes", num_classes)
@@ -84,8 +97,6 @@ def _create(config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
             + (f", but the data has {num_classes} classes" if num_classes is not None else "")
             + ". Leave it out: the head takes its size from the data."
         )
-    if not timm.is_model(name.split("/")[-1].split(".")[0]) and ":" not in name:
-        raise unknown("model", name, timm.list_models(), "vizattn list PATTERN")
     try:
         return timm.create_model(name, **kwargs, **options)
     except VizattnError:

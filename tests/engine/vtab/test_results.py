@@ -30,6 +30,16 @@ def test_lines_are_read_once_and_in_order(tmp_path: Path) -> None:
     assert reader.get("b")["accuracy"] == 0.5 and reader.run("r")["command"] == "x"  # type: ignore[index]
 
 
+def test_a_configuration_is_written_once(tmp_path: Path) -> None:
+    run = {"kind": "run", "id": "r"}
+    results = Results(tmp_path)
+    results.append([run, line("a"), run, line("b")])
+    results.read()
+    results.append([run, line("c"), {**run, "id": "s"}])
+    kinds = [json.loads(text)["kind"] for text in results.path.read_text().splitlines()]
+    assert kinds == ["run", "cell", "cell", "cell", "run"]
+
+
 def test_the_first_done_line_counts(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.append([line("a", "failed", reason="x"), line("a", accuracy=1), line("a", accuracy=2)])

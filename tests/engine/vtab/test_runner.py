@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -24,6 +25,7 @@ from vizattn.engine.vtab.plan import Method, Study, cells_of, ready, selected, t
 from vizattn.engine.vtab.results import Results
 from vizattn.engine.vtab.runner import _ending, _give_up, run_study
 from vizattn.errors import VizattnError
+from vizattn.files import explain_disk_errors
 
 GRID = [{"optimizer.lr": lr, "optimizer.weight_decay": wd} for lr in (1e-1, 1e-3) for wd in (0.0, 0.1)]
 Make = Callable[..., Any]
@@ -261,6 +263,44 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(
     assert [len(unit.cells) for unit in _ready(retried, tmp_path)] == [1]
 
 
+def test_a_runner_that_ends_leaves_what_others_are_at(
+    tmp_path: Path, method: Make, study: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study of another method on the same folder comes to its end while a cell is trained."""
+    other = study(method("linear_probe"), seeds=[1])
+    other.tasks.pop()
+
+    def train_meanwhile(config: Any, *, work_dir: Path, **kwargs: Any) -> Any:
+        work_dir.mkdir(parents=True)
+        run_study(other, tmp_path)
+        assert work_dir.is_dir()
+        return real(config, work_dir=work_dir, **kwargs)
+
+    real = cells.train
+    monkeypatch.setattr(cells, "train", train_meanwhile)
+    chosen = study(method("vpt", None, adapter={"method": "vpt", "num_tokens": 2}), seeds=[1])
+    chosen.tasks.pop()
+    run_study(chosen, tmp_path)
+    assert [line["status"] for line in _lines(tmp_path)] == ["done"] * 2
+    assert not (tmp_path / "running").exists()
+
+
+@pytest.mark.parametrize("label", ["linear_probe", "vpt"])
+def test_a_full_disk_ends_the_study_and_fails_no_cell(
+    label: str, tmp_path: Path, method: Make, study: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        with explain_disk_errors(tmp_path):
+            raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "train", full)
+        patch.setattr(probes, "export", full)
+        with pytest.raises(VizattnError, match="No space left"):
+            run_study(study(method(label), seeds=[1]), tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
 def _ready(chosen: Study, folder: Path) -> list[Any]:
     results = Results(folder)
     results.read()
@@ -281,6 +321,18 @@ def test_a_probe_that_the_engine_must_train_is_trained_by_it(tmp_path: Path, met
     lars = method("linear_probe", None, optimizer={"name": "lars", "lr": 0.1})
     run_study(study(lars, seeds=[1]), tmp_path)
     assert [line["status"] for line in _lines(tmp_path)] == ["done", "done"]
+
+
+def test_augmented_images_are_what_a_probe_is_trained_on(tmp_path: Path, method: Make, study: Make) -> None:
+    for augment in ("none", "light"):
+        data = {"batch_size": 8, "augment": augment}
+        run_study(study(method("linear_probe", None, data=data), seeds=[1]), tmp_path / augment)
+    plain, augmented = (_bundles(tmp_path / augment) for augment in ("none", "light"))
+    assert len(plain) == len(augmented) == 2 and not set(plain) & set(augmented)
+
+
+def _bundles(folder: Path) -> list[bytes]:
+    return [(folder / line["bundle"] / "adapter_model.safetensors").read_bytes() for line in _lines(folder)]
 
 
 def test_a_read_only_folder_is_one_message(tmp_path: Path, method: Make, study: Make) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,30 +30,53 @@ def run_unit(study: Study, unit: Unit, folder: Path) -> Iterator[list[Line]]:
 
     What goes wrong in a cell becomes its line, and the others go on. Bundles of final cells are in `folder`, under the
     names that their lines give, before the lines are.
+
+    Raises:
+        OSError, VizattnError: The disk is full: no fault of a cell, and none of the others could be kept.
     """
     from vizattn.engine.vtab.probes import run_probes
 
-    try:
-        outcomes = run_probes(study, unit, folder / "running" / unit.id) if unit.probes else None
-    except Exception as error:  # out of memory, damaged data, weights that cannot be had: whatever it is
-        yield failed_lines(study, unit, error)
-        return
-    if outcomes is not None:
-        lines: list[Line] = []
-        for cell, outcome in outcomes:
-            lines += _lines(study, unit, cell, outcome, folder)
-        yield lines
-        return
-    for cell in unit.cells:
+    with _scratch(folder / "running" / unit.id) as staging:
         try:
-            yield _lines(study, unit, cell, _trained(study, cell, folder / "running" / cell.key), folder)
-        except Exception as error:
-            yield [_failed(study, unit, cell, error)]
+            outcomes = run_probes(study, unit, staging) if unit.probes else None
+        except Exception as error:  # out of memory, damaged data, weights that cannot be had: whatever it is
+            _stop_on_full_disk(error)
+            yield failed_lines(study, unit, error)
+            return
+        if outcomes is not None:
+            lines: list[Line] = []
+            for cell, outcome in outcomes:
+                lines += _lines(study, unit, cell, outcome, folder)
+            yield lines
+            return
+    for cell in unit.cells:
+        with _scratch(folder / "running" / cell.key) as work_dir:
+            try:
+                lines = _lines(study, unit, cell, _trained(study, cell, work_dir), folder)
+            except Exception as error:
+                _stop_on_full_disk(error)
+                lines = [_failed(study, unit, cell, error)]
+        yield lines
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """`path`, which is not there before, whoever was killed at it, nor afterwards."""
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _stop_on_full_disk(error: Exception) -> None:
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        raise error
 
 
 def _trained(study: Study, cell: Cell, work_dir: Path) -> dict[str, Any]:
     """One cell by the engine's own loop."""
-    shutil.rmtree(work_dir, ignore_errors=True)
     result = train(cell.config, work_dir=work_dir, device=study.device, quiet=True, report=False)
     metrics = result.metrics["val" if cell.stage == "select" else "test"]
     return {
@@ -61,7 +86,6 @@ def _trained(study: Study, cell: Cell, work_dir: Path) -> dict[str, Any]:
         "seconds": result.seconds,
         "peak_memory_mb": result.peak_memory_mb,
         "exported": Path(result.exported),
-        "work_dir": work_dir,
         "model": result.model,
         "preprocessing": result.preprocessing,
     }
@@ -73,7 +97,7 @@ def _lines(study: Study, unit: Unit, cell: Cell, outcome: dict[str, Any] | Excep
         return [_failed(study, unit, cell, outcome)]
     found = dict(outcome)
     model, preprocessing = found.pop("model"), found.pop("preprocessing")
-    work_dir, exported = found.pop("work_dir", None), found.pop("exported", None)
+    exported = found.pop("exported", None)
     run = _run_line(study, cell, model, preprocessing)
     line = {**_about(study, unit, cell), "status": "done", "run": run["id"], **found}
     if cell.stage == "final" and exported is not None:
@@ -82,8 +106,6 @@ def _lines(study: Study, unit: Unit, cell: Cell, outcome: dict[str, Any] | Excep
         bundle.parent.mkdir(parents=True, exist_ok=True)
         os.replace(exported, bundle)
         line["bundle"] = bundle.relative_to(folder).as_posix()
-    if work_dir is not None:
-        shutil.rmtree(work_dir, ignore_errors=True)
     return [run, line]
 
 

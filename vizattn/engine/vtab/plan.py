@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "Study",
     "Unit",
+    "all_measured",
     "load_method",
     "parse_sweep",
     "ready",
@@ -113,14 +114,14 @@ def load_method(
     Args:
         name: An adapter such as "vpt", which takes the recipe of that name for the suite, or a recipe.
         backbone: A timm name, in the place of the recipe's.
-        suite: Name of the suite; "vtab-mini" has recipes of its own.
+        suite: Name of the suite; "vtab-mini" and what begins so have recipes of their own.
         overrides: Dotted options on top of the recipe.
         sweep: As `parse_sweep` takes it; None for the recipe's own grid.
 
     Raises:
         VizattnError: There is no such recipe, or a wrong option.
     """
-    packaged = f"vtab/mini_{name}" if suite == "vtab-mini" else f"vtab/{name}"
+    packaged = f"vtab/mini_{name}" if suite.startswith("vtab-mini") else f"vtab/{name}"
     try:
         path = find_recipe(packaged)
     except VizattnError:
@@ -257,6 +258,15 @@ def ready(study: Study, results: Results) -> Iterator[Unit]:
 def finished(study: Study, results: Results) -> bool:
     """Whether every cell that can ever be computed has ended."""
     return next(ready(study, results), None) is None
+
+
+def all_measured(study: Study, results: Results) -> bool:
+    """Whether every task has its final result by every method and seed; settings that failed do not matter."""
+    for task, method in itertools.product(study.tasks, study.methods):
+        _, final = cells_of(study, method, task, results)
+        if not final or any((results.get(cell.key) or {}).get("status") != "done" for cell in final):
+            return False
+    return True
 
 
 def _frozen_group(cell: Cell) -> str | None:

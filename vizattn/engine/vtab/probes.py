@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +90,6 @@ def run_probes(study: Study, unit: Unit, staging: Path) -> list[tuple[Cell, dict
         "peak_memory_mb": round(memory.megabytes(), 1),
         "preprocessing": preprocessing,
     }
-    shutil.rmtree(staging, ignore_errors=True)
     outcomes: list[tuple[Cell, dict[str, Any] | Exception]] = []
     for group, counts in zip(groups, right):
         for place, cell in enumerate(group.cells):

@@ -42,12 +42,19 @@ class Results:
         """Lines that could not be read so far."""
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write `lines` at the end by one call, and to the disk before this returns.
+        """Write `lines` at the end by one call, and to the disk before this returns; a known configuration not again.
 
         Raises:
             OSError: The disk cannot be written; then nothing of them counts.
         """
-        text = "".join(json.dumps({"format": _FORMAT, **line}, sort_keys=True) + "\n" for line in lines).encode()
+        known = set(self._runs)
+        text = b""
+        for line in lines:
+            if line["kind"] == "run":
+                if line["id"] in known:
+                    continue
+                known.add(line["id"])
+            text += json.dumps({"format": _FORMAT, **line}, sort_keys=True).encode() + b"\n"
         if not text:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

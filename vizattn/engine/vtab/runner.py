@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -63,7 +62,8 @@ def run_study(
         else:
             _run_workers(study, results, workers, report)
         report(results.read())
-        shutil.rmtree(folder / "running", ignore_errors=True)
+        with contextlib.suppress(OSError):  # other studies may be at work in it
+            (folder / "running").rmdir()
 
 
 def _units(study: Study, results: Results, report: Report) -> Iterator[Unit]:
@@ -96,7 +96,7 @@ def _run_workers(study: Study, results: Results, workers: int, report: Report) -
     """Processes that each do what a single one would do; one that dies is replaced."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
-    deaths: Counter[str] = Counter()
+    deaths: Counter[str | None] = Counter()
     running: dict[Any, Any] = {}  # by the end of each worker's own pipe: what a killed one holds blocks no other
     at: dict[Any, str] = {}
 
@@ -113,17 +113,22 @@ def _run_workers(study: Study, results: Results, workers: int, report: Report) -
         while running:
             ready_pipes: list[Any] = wait([*running], timeout=_PAUSE)
             for pipe in ready_pipes:
+                told = None
                 with contextlib.suppress(EOFError, OSError):
-                    at[pipe] = pipe.recv()
+                    told = pipe.recv()
+                if isinstance(told, Exception):
+                    raise told
+                if told is not None:
+                    at[pipe] = told
                     continue
                 process, unit = running.pop(pipe), at.pop(pipe, None)
                 process.join()
                 if process.exitcode == 0:
                     continue
-                if unit is None:
-                    raise VizattnError(f"A worker ended with {_ending(process.exitcode)} before it had any work.")
                 deaths[unit] += 1
                 if deaths[unit] >= _DEATHS:
+                    if unit is None:
+                        raise VizattnError(f"Workers end with {_ending(process.exitcode)} before they have any work.")
                     _give_up(study, unit, results, _ending(process.exitcode))
                 start()
             report(results.read())
@@ -152,7 +157,7 @@ def _give_up(study: Study, unit_id: str, results: Results, ending: str) -> None:
 
 
 def _work(study: Study, folder: str, threads: int, parent: Any) -> None:
-    """One worker: units until nothing is left, each told to the parent."""
+    """One worker: units until nothing is left, each told to the parent, as is what ends the study."""
     import torch
 
     import vizattn  # noqa: F401  (registers the backbones)
@@ -160,6 +165,9 @@ def _work(study: Study, folder: str, threads: int, parent: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     torch.set_num_threads(threads)
     results = Results(folder)
-    for unit in _units(study, results, lambda lines: None):
-        parent.send(unit.id)
-        _compute(study, unit, results)
+    try:
+        for unit in _units(study, results, lambda lines: None):
+            parent.send(unit.id)
+            _compute(study, unit, results)
+    except (OSError, VizattnError) as error:  # a full disk: nobody can go on
+        parent.send(error)
