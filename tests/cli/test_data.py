@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,11 @@ import pytest
 from PIL import Image
 
 from vizattn.cli import main
+from vizattn.cli.train import add_arguments, overrides_of
 from vizattn.data.audit import audit
+from vizattn.engine import load_recipe
+from vizattn.engine.config import apply_overrides, resolve_config
+from vizattn.errors import VizattnError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -33,10 +39,20 @@ def sound(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def parsed(command: list[str]) -> argparse.Namespace:
+    """The options of `vizattn train ...`."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(command[1:])
+
+
 def test_a_sound_folder_needs_nothing(sound: Path, capsys: Capture) -> None:
     assert main(["data", "check", str(sound)]) == 0
     text = capsys.readouterr().out
-    assert text.rstrip().endswith("Nothing to do.")
+    assert text.endswith(
+        f"Ready: 4 of 4 images can be used. Train with, for example:\n"
+        f"  vizattn train segmentation/scenes_vit_hst --data {sound}\n"
+    )
     lines = [line.split() for line in text.splitlines()]
     assert ["1", "cat", "3", "1", "30", "30"] in lines
     assert "4 of mode L" in text and "height  40 to 40 (median 40)" in text and "width   60 to 60 (median 60)" in text
@@ -84,6 +100,7 @@ def test_everything_wrong_is_named(sound: Path, capsys: Capture) -> None:
     text = capsys.readouterr().out
     assert all(f"{name}." in text for name in ("high", "void", "lonely", "orphan", "cut", "other"))
     assert "cannot be used: 3" in text and str(masks / "high.png") + ": 7" in text
+    assert text.endswith("Not ready: training would stop at labels that are no class.\n")
 
 
 def test_labels_from_one_on(sound: Path, capsys: Capture) -> None:
@@ -93,7 +110,7 @@ def test_labels_from_one_on(sound: Path, capsys: Capture) -> None:
     assert main(["data", "check", str(sound)]) == 1
     assert "No mask has label 0: if the labels begin at 1, set data.reduce_zero_label=True" in capsys.readouterr().out
     assert main(["data", "check", str(sound), "--reduce-zero-label"]) == 0
-    assert "Nothing to do." in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"--data {sound} --cfg-options data.reduce_zero_label=True\n")
 
 
 def test_masks_of_0_and_255(sound: Path) -> None:
@@ -101,7 +118,50 @@ def test_masks_of_0_and_255(sound: Path) -> None:
     for split, count in (("train", 3), ("val", 1)):
         for i in range(count):
             save(sound, split, f"{i}", np.tile([0, 255], (40, 30)))
-    assert any("fewer than two classes, as 255 is ignored" in sentence for sentence in audit(sound).advice)
+    found = audit(sound)
+    assert any("fewer than two classes, as 255 is ignored" in sentence for sentence in found.advice) and not found.ok
+
+
+def test_labels_beyond_what_masks_hold(sound: Path) -> None:
+    wide = np.zeros((40, 60), dtype=np.uint16)
+    wide[0] = 300
+    Image.fromarray(wide).save(sound / "train" / "masks" / "0.png")
+    assert any("at most 255 fit into masks" in sentence for sentence in audit(sound).advice)
+
+
+def test_a_mask_that_lies_as_its_image_is_stored(sound: Path) -> None:
+    path, exif = sound / "train" / "images" / "0.jpg", Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(path, exif=exif)
+    found = audit(sound)
+    assert found.ok and found.as_stored == [str(path)] and "do not follow their EXIF orientation" in found.advice[0]
+
+
+def test_the_command_that_is_told_works(sound: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Also with names from a file, and images that differ in size."""
+    save(sound, "train", "large", np.tile([0, 1], (50, 35)))
+    (sound / "classes.txt").rename(tmp_path / "names")
+    assert main(["data", "check", str(sound), "--classes", str(tmp_path / "names")]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[-2:] == ["data.crop_size=32", "data.class_names=['ground', 'cat', 'dog']"]
+    config = resolve_config(apply_overrides(load_recipe(command[2]), overrides_of(parsed(command[1:]))))
+    assert config["data"]["crop_size"] == 32 and config["data"]["class_names"] == ["ground", "cat", "dog"]
+
+
+def test_a_recipe_of_ade20k_on_another_layout(sound: Path) -> None:
+    """What the recipe says of ADE20K's folders and labels does not hold there, unless it is said again."""
+    name = "segmentation/upernet_biformer_tiny"
+    data = overrides_of(parsed(["train", name, "--data", str(sound)]))
+    assert data["data.layout"] == "auto" and data["data.reduce_zero_label"] is False
+    again = overrides_of(parsed(["train", name, "--data", str(sound), "--cfg-options", "data.reduce_zero_label=True"]))
+    assert again["data.reduce_zero_label"] is True
+    with pytest.raises(VizattnError, match="no images with masks in the layout 'ade20k'"):
+        audit(sound, layout="ade20k")
+    for kind, old in (("images", "images"), ("annotations", "masks")):
+        for split, part in (("training", "train"), ("validation", "val")):
+            (sound / kind).mkdir(exist_ok=True)
+            (sound / part / old).rename(sound / kind / split)
+    assert "data.layout" not in overrides_of(parsed(["train", name, "--data", str(sound)]))
 
 
 def test_palettes_that_differ(sound: Path) -> None:

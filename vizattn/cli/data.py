@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _SHOWN = 20  # files of one kind
+_SMALL = 256  # pixels, below which an image has little for a large model to see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     names = None if args.classes is None else names_in(Path(args.classes))
     found = audit(args.dir, layout=args.layout, reduce_zero_label=args.reduce_zero_label, class_names=names)
-    print(json.dumps(found.to_dict(), indent=2) if args.json else _report(found))
+    print(json.dumps(found.to_dict(), indent=2) if args.json else f"{_report(found)}\n\n{_verdict(found, args)}")
     return 0 if found.ok else 1
 
 
@@ -55,9 +57,28 @@ def _report(found: Audit) -> str:
             (f"{path}: {', '.join(map(str, labels))}" for path, labels in found.out_of_range.items()),
         ),
         _files("masks that ignore every pixel", found.all_ignored),
-        "\n".join(f"- {sentence}" for sentence in found.advice) or "Nothing to do.",
+        "\n".join(f"- {sentence}" for sentence in found.advice),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _verdict(found: Audit, args: argparse.Namespace) -> str:
+    """What can be used, and the command that trains on it."""
+    if found.out_of_range:
+        return "Not ready: training would stop at labels that are no class."
+    usable = sum(split.pairs for split in found.splits.values())
+    if len(found.class_names) < 2 or "train" not in found.splits:
+        return "Not ready: see above."
+    small = found.least_side < _SMALL
+    recipe = "scenes_vit_hst" if small else "upernet_biformer_tiny"
+    options = [f"data.crop_size={found.crop_size}"] if small and found.crop_size else []
+    options += [f"data.layout={args.layout}"] if args.layout != "auto" else []
+    options += ["data.reduce_zero_label=True"] if args.reduce_zero_label else []
+    options += [f"data.class_names={found.class_names}"] if args.classes else []
+    command = ["vizattn", "train", f"segmentation/{recipe}", "--data", args.dir]
+    command += ["--cfg-options", *options] if options else []
+    ready = f"Ready: {usable} of {usable + len(found.unusable)} images can be used. Train with, for example:"
+    return f"{ready}\n  {shlex.join(command)}"
 
 
 def _rows(found: Audit) -> list[dict[str, Any]]:

@@ -90,9 +90,9 @@ def images_of(
     """Options that set the images of --data in the place of the recipe's, and the split to measure."""
     from vizattn.data.folder import has_split_folders
 
-    from .train import folder_data_set
+    from .train import data_overrides
 
-    options = {"data.name": folder_data_set(recipe), "data.root": folder} | (overrides or {})
+    options = data_overrides(recipe, folder) | (overrides or {})
     whole = options["data.name"] == "folder" and not has_split_folders(folder)
     return options, split or ("all" if whole else "test")
 

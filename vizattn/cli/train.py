@@ -46,16 +46,27 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     named = {"amp": args.amp, "seed": args.seed, "schedule.epochs": args.epochs}
     overrides = {name: value for name, value in named.items() if value is not None}
     if args.data is not None:
-        overrides |= {"data.name": folder_data_set(load_recipe(args.config)), "data.root": args.data}
+        overrides |= data_overrides(load_recipe(args.config), args.data)
     if args.weights is not None:
         overrides |= weights_options(args.weights)
     return overrides | parse_overrides(args.cfg_options)
 
 
-def folder_data_set(recipe: Any) -> str:
-    """The data set that --data means for a recipe's task."""
-    segmentation = isinstance(recipe, dict) and recipe.get("task") == "segmentation"
-    return "segmentation_folder" if segmentation else "folder"
+def data_overrides(recipe: Any, folder: str) -> dict[str, Any]:
+    """Options that set `folder` in the place of a recipe's data.
+
+    What a recipe says of layout and labels holds for its own data set: in a folder of another layout it does not.
+    """
+    if not isinstance(recipe, dict) or recipe.get("task") != "segmentation":
+        return {"data.name": "folder", "data.root": folder}
+    options: dict[str, Any] = {"data.name": "segmentation_folder", "data.root": folder}
+    layout = recipe.get("data", {}).get("layout", "auto")
+    if layout != "auto":
+        from vizattn.data.segmentation_layouts import find_pairs
+
+        if find_pairs(folder).layout != layout:
+            options |= {"data.layout": "auto", "data.reduce_zero_label": False}
+    return options
 
 
 def run(args: argparse.Namespace) -> int:

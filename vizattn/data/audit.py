@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vizattn.data.class_names import NAME_FILES, find_class_names
-from vizattn.data.masks import IGNORE_INDEX, count_labels
+from vizattn.data.masks import IGNORE_INDEX, count_labels, image_sizes
 from vizattn.data.segmentation import mask_problems, read_classes
 from vizattn.data.segmentation_layouts import Pair, find_pairs
 from vizattn.errors import VizattnError
@@ -52,6 +52,7 @@ class Audit:
         masks_without_image: Masks whose image is missing.
         out_of_range: Masks with labels that are no class, and these labels (after `reduce_zero_label`).
         all_ignored: Masks without a single pixel that counts.
+        as_stored: Images whose masks fit them as stored, and not as their EXIF orientation turns them.
         heights: Least, median and greatest height of the images in pixels.
         widths: The same of their width.
         mask_modes: How many masks have each mode of Pillow's: "P" (palette), "L" (greyscale), "I;16", "RGB", ...
@@ -66,15 +67,29 @@ class Audit:
     masks_without_image: list[str] = field(default_factory=list)
     out_of_range: dict[str, list[int]] = field(default_factory=dict)
     all_ignored: list[str] = field(default_factory=list)
+    as_stored: list[str] = field(default_factory=list)
     heights: tuple[int, int, int] = (0, 0, 0)
     widths: tuple[int, int, int] = (0, 0, 0)
     mask_modes: dict[str, int] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
 
     @property
+    def least_side(self) -> int:
+        """The shorter of median height and width, in pixels."""
+        return min(self.heights[1], self.widths[1])
+
+    @property
+    def crop_size(self) -> int | None:
+        """A `data.crop_size` for training in batches; None if the images are of one size."""
+        if self.heights[0] == self.heights[2] and self.widths[0] == self.widths[2]:
+            return None
+        return max(32, min(512, self.least_side // 32 * 32))
+
+    @property
     def ok(self) -> bool:
-        """Whether every file can be used and every label is a class."""
-        return not (self.unusable or self.masks_without_image or self.out_of_range or self.all_ignored)
+        """Whether every file can be used, every label is a class, and there are two classes or more."""
+        wrong = self.unusable or self.masks_without_image or self.out_of_range or self.all_ignored
+        return not wrong and len(self.class_names) > 1
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
@@ -101,7 +116,7 @@ def audit(
         if class_names is not None:
             raise
         advice.append(str(error))
-        names = ["class 0", "class 1"]
+        names = ["class 0"]
     result = Audit(found.root, found.layout, names, masks_without_image=found.without_image, advice=advice)
     sizes: list[tuple[int, int]] = []
     modes: Counter[str] = Counter()
@@ -117,6 +132,8 @@ def audit(
         for row, (pair, looked) in enumerate(zip(usable, _map(lambda pair: _look(pair, reduce_zero_label), usable))):
             size, mode, palette, labels = looked
             sizes.append(size)
+            if image_sizes(pair.image)[1] != size:
+                result.as_stored.append(pair.image)
             modes[mode] += 1
             palettes.setdefault(palette[: 3 * len(names)], pair.mask)
             occurring |= labels.keys()
@@ -180,12 +197,19 @@ def _advice(result: Audit, occurring: set[int], reduce_zero_label: bool, named: 
         advice.append(f"Masks without an image: {count}. Are names or folders mistaken?")
     if count := len(result.all_ignored):
         advice.append(f"Masks that ignore every pixel: {count}. Remove them, nothing can be learnt there.")
+    if count := len(result.as_stored):
+        advice.append(
+            f"Images whose masks do not follow their EXIF orientation, such as {result.as_stored[0]}: {count}. "
+            "Training sees these as stored, but `vizattn predict` turns them: remove the orientation."
+        )
     if result.out_of_range:
         highest = max(label for labels in result.out_of_range.values() for label in labels)
-        advice.append(
-            f"Labels go up to {highest}, but there are {classes} classes: name {highest + 1} in classes.txt or "
-            f"data.class_names, or write {IGNORE_INDEX} where a pixel is of no class."
-        )
+        repair = f"write {IGNORE_INDEX} where a pixel is of no class."
+        if highest < IGNORE_INDEX:
+            repair = f"name {highest + 1} in classes.txt or data.class_names, or {repair}"
+        else:
+            repair = f"at most {IGNORE_INDEX} fit into masks, numbered from 0 on, and {repair}"
+        advice.append(f"Labels go up to {highest}, but there are {classes} classes: {repair}")
     counted = occurring - {IGNORE_INDEX}
     if result.layout == "ade20k" and not reduce_zero_label:
         advice.append("ADE20K's label 0 stands for no class: set data.reduce_zero_label=True.")
@@ -201,8 +225,6 @@ def _advice(result: Audit, occurring: set[int], reduce_zero_label: bool, named: 
             advice.append(f"There is no {split} split.")
     if not named and result.class_names[:2] == ["class 0", "class 1"]:
         advice.append(f"The classes have no names: write one a line into {NAME_FILES[0]} in {result.root}.")
-    short = min(result.heights[1], result.widths[1])
-    if short and (result.heights[0] != result.heights[2] or result.widths[0] != result.widths[2]):
-        crop = max(32, min(512, short // 32 * 32))
+    if crop := result.crop_size:
         advice.append(f"The images differ in size: training in batches needs data.crop_size, such as {crop}.")
     return advice

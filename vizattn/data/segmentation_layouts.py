@@ -141,7 +141,7 @@ def _folders(base: Path, layout: str = "folders") -> Found | None:
 
 
 def _ade20k(base: Path) -> Found | None:
-    return _folders(base, "ade20k")
+    return _folders(base, "ade20k") if _layout_of(str(base)) == "ade20k" else None
 
 
 def _voc(base: Path) -> Found | None:
