@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vizattn.errors import VizattnError
 
-__all__ = ["explain_disk_errors", "prepare_folder", "replacing", "write_text"]
+__all__ = ["explain_disk_errors", "no_empty_folder", "prepare_folder", "replacing", "write_text"]
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -68,6 +68,18 @@ def explain_disk_errors(folder: Path, instead: str = "choose another folder with
             f"Cannot write {where}: {os.strerror(error.errno or 0)}. "
             f"Free some space or {instead}; whole files already there are kept."
         ) from error
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """At the end, removes `folder` if it was made meanwhile and nothing is in it."""
+    there = folder.exists()
+    try:
+        yield
+    finally:
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def prepare_folder(folder: Path) -> None:

@@ -138,6 +138,14 @@ def test_other_frozen_weights_cannot_be_resumed(
         train(recipe, work_dir=tmp_path, quiet=True, resume=True)
 
 
+def test_a_mistake_leaves_no_empty_folder(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    for folder in (tmp_path / "new", tmp_path / "made"):
+        with pytest.raises(VizattnError, match="There is no folder"):
+            train(recipe, work_dir=folder, overrides={"data.name": "folder", "data.root": "nowhere"}, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_a_mistake_leaves_an_earlier_run_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
     train(recipe | {"schedule": {"epochs": 1}}, work_dir=tmp_path, quiet=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

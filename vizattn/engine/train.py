@@ -41,7 +41,7 @@ from vizattn.engine.runner import TaskRunner, distributed, rank_and_world
 from vizattn.engine.seeding import seed_from
 from vizattn.engine.task import Source
 from vizattn.errors import VizattnError
-from vizattn.files import explain_disk_errors, prepare_folder, write_text
+from vizattn.files import explain_disk_errors, no_empty_folder, prepare_folder, write_text
 from vizattn.memory import PeakMemory
 
 __all__ = ["Result", "train", "versions"]
@@ -127,7 +127,8 @@ def train(
     resolved = resolve_config(apply_overrides(recipe, overrides or {}))
     folder = Path(work_dir or Path("work_dirs") / (recipe_name(config) if named else "run"))  # type: ignore[arg-type]
     chosen = choose_device(device)
-    with explain_disk_errors(folder), distributed(chosen), _Determinism(resolved["deterministic"]):
+    settled = _Determinism(resolved["deterministic"])
+    with explain_disk_errors(folder), distributed(chosen), settled, no_empty_folder(folder):
         return _Run(resolved, folder, chosen, resume, quiet, progress, report).run()
 
 
