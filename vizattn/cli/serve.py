@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.engine.build import choose_device
     from vizattn.engine.evaluate import load_trained
     from vizattn.engine.serving.app import create_app
-    from vizattn.engine.serving.server import bind, is_loopback
-    from vizattn.engine.serving.server import run as serve
+    from vizattn.engine.serving.server import bind, is_loopback, make_server
 
     listening = bind(args.host, args.port)  # before what takes long
     trained = load_trained(args.bundle, args.weights)
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         print("Everybody who reaches this machine may use the server: it asks for no password.", file=sys.stderr)
     print(f"Serving at http://{f'[{address}]' if ':' in address else address}:{port}  (Ctrl-C ends it)", flush=True)
     try:
-        serve(app, listening)
+        make_server(app).run(sockets=[listening])
     except KeyboardInterrupt:
         print("Ended.", file=sys.stderr)
     return 0

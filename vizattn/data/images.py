@@ -51,7 +51,7 @@ def load_rgb(
     least_side: int | None = None,
     *,
     max_pixels: int | None = None,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Decodes an image file to RGB.
 
@@ -81,7 +81,7 @@ def _decode(
     upright: bool = True,
     least_side: int | None = None,
     max_pixels: int | None = None,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     try:
         with Image.open(path, formats=formats) as image:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -16,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
 
 from vizattn.engine.evaluate import Trained
 from vizattn.engine.serving.guard import Guard, error_response
@@ -31,7 +31,7 @@ TopK = Annotated[int, Query(ge=1, le=1000, description="classes to tell of")]
 
 def create_app(
     trained: Trained, name: str, limits: Limits | None = None, hosts: Collection[str] | None = None
-) -> FastAPI:
+) -> ASGIApp:
     """An ASGI application about one model. Names and types that clients give their files are not looked at.
 
     Errors are JSON, ``{"error": message}``: 400 to 422 for what the client did, 503 when there is too much to do.
@@ -56,7 +56,6 @@ def create_app(
         worker.close()
 
     app = FastAPI(title="vizattn", openapi_url=None, lifespan=lifespan)  # its page of documents needs the network
-    app.add_middleware(Guard, limits=limits, hosts=hosts, policy=policy)
 
     @app.get("/")
     async def show_page() -> HTMLResponse:
@@ -76,7 +75,7 @@ def create_app(
         return HTMLResponse(await worker.run(model.attention, await image.read()))
 
     _answer_errors(app)
-    return app
+    return Guard(app, limits, hosts, policy)  # around the application, so that its last errors have the headers, too
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -108,7 +107,6 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        logging.getLogger("vizattn").error("A request failed: %s: %s", type(error).__name__, error)
         return error_response(500, "The server failed at this request; what it said of it is where it was started.")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Collection, Mapping
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -72,13 +72,13 @@ class Guard:
 
     def _refuse(self, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
-        if self.hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d*$", "", host).strip("[]").lower() not in self.hosts:
             return 403, "This server is asked by another name than its own."
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return 403, "Other pages may not use this server."
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.limits.upload_bytes:
+        if not (length.isdecimal() and len(length) < 20 and int(length) <= self.limits.upload_bytes):
             return 413, self._too_large()
         if self.running >= self.limits.requests:
             return 503, "Too many requests at a time; try again in a moment."

@@ -83,7 +83,7 @@ class ServedModel:
 
     def _read(self, data: bytes) -> Image.Image:
         Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]
+        formats = tuple(name for name in FORMATS if name in Image.OPEN)
         return read_image(io.BytesIO(data), max_pixels=self.limits.pixels, formats=formats)
 
 

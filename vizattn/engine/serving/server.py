@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vizattn.errors import VizattnError
 
-__all__ = ["bind", "is_loopback", "run"]
+__all__ = ["bind", "is_loopback", "make_server"]
 
 #: Seconds for the head of a request, and for a whole exchange on a connection.
 HEAD_SECONDS, EXCHANGE_SECONDS = 10.0, 150.0
@@ -42,11 +42,10 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
-def run(app: Any, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or a signal to end; what runs then has five seconds to finish.
+def make_server(app: Any) -> uvicorn.Server:
+    """A server, to be run with ``run(sockets=[...])``: until Ctrl-C, which it raises again, or a signal to end.
 
-    Raises:
-        KeyboardInterrupt: It was Ctrl-C.
+    What runs then has five seconds to finish.
     """
     logging.getLogger("uvicorn.error").addFilter(_expected)
     config = uvicorn.Config(
@@ -63,7 +62,7 @@ def run(app: Any, listening: socket.socket) -> None:
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=16 << 10,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
 def _expected(record: logging.LogRecord) -> bool:
