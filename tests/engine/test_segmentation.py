@@ -23,7 +23,7 @@ from vizattn.engine import as_published, evaluate, load_recipe, load_trained, tr
 from vizattn.engine.config import apply_overrides, resolve_config
 from vizattn.engine.ema import EmaHook
 from vizattn.engine.models import build_segmenter
-from vizattn.engine.pictures import OverlayHook
+from vizattn.engine.pictures import OverlayHook, overlay
 from vizattn.engine.recipes import list_recipes
 from vizattn.engine.segmentation import SegmentationMetric, confusion, dice_loss, inference_options, iou_of
 from vizattn.heads import build
@@ -221,6 +221,15 @@ def test_a_checkpoint_and_the_export_give_the_same_colours(run: Any) -> None:
     best = load_trained(Path(run.work_dir) / "checkpoints" / "best.pth")
     assert best.palette is not None
     assert [list(colour) for colour in best.palette] == load_trained(run.work_dir).palette
+
+
+def test_an_overlay_paints_classes_and_darkens_where_they_meet() -> None:
+    """Ignored pixels and those of a black class stay as they are."""
+    mask = np.repeat(np.array([[0, 1, 255, 2]], dtype=np.uint8), [1, 3, 1, 2], axis=1)
+    painted = overlay(Image.new("RGB", (7, 1), (90, 120, 31)), mask, [(0, 0, 0), (200, 0, 30), (0, 255, 0)])
+    plain, one, two = (90, 120, 31), (145, 60, 30), (45, 187, 15)
+    dark = [tuple(value // 3 for value in colour) for colour in (plain, one, plain)]
+    assert [painted.getpixel((x, 0)) for x in range(7)] == [dark[0], one, one, dark[1], dark[2], two, two]
 
 
 def test_sample_pictures_show_the_averaged_weights_that_were_measured() -> None:

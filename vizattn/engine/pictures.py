@@ -48,13 +48,15 @@ def overlay(image: Image.Image, mask: np.ndarray, palette: Palette, opacity: flo
     """
     colours = np.asarray(palette, dtype=np.uint8)[np.where(mask < len(palette), mask, 0)]
     painted = (mask < len(palette)) & colours.any(axis=-1)
-    pixels = np.asarray(image.convert("RGB"))
-    blended = np.where(painted[..., None], (1 - opacity) * pixels + opacity * colours, pixels)
+    image = image.convert("RGB")
+    blended = np.array(  # in bytes throughout: large photographs as floats would take more than the model
+        Image.composite(Image.blend(image, Image.fromarray(colours), opacity), image, Image.fromarray(painted))
+    )
     edge = np.zeros(mask.shape, dtype=bool)
     edge[:-1] |= mask[:-1] != mask[1:]
     edge[:, :-1] |= mask[:, :-1] != mask[:, 1:]
-    blended[edge] /= 3
-    return Image.fromarray(blended.astype(np.uint8))
+    blended[edge] //= 3
+    return Image.fromarray(blended)
 
 
 def plain_item(dataset: Any, index: int) -> tuple[Image.Image, np.ndarray]:
