@@ -163,13 +163,14 @@ def _run(args: argparse.Namespace) -> int:
     study, absent = study_of(args)
     console = Console(highlight=False, quiet=args.quiet)
     for name, reason in absent.items():
-        console.print(f"without {name}: {reason}", markup=False)
+        console.print(f"without {name}: {reason}", markup=False, soft_wrap=True)
     folder = Path(args.out)
     count = total(study)
     settings = sum(len(method.grid) for method in study.methods)
     console.print(
         f"{len(study.tasks)} tasks, {len(study.methods)} methods with {settings} settings: {count} cells; "
-        f"results in {folder / 'results.jsonl'}"
+        f"results in {folder / 'results.jsonl'}",
+        soft_wrap=True,
     )
     if args.dry_run:
         return 0
@@ -179,7 +180,7 @@ def _run(args: argparse.Namespace) -> int:
     failed = [line for line in results.cells() if line["status"] == "failed" and _place(line) in _places(study)]
     for line in failed[-5:]:
         place = f"{line['task']}, {line['method']}, {line['stage']}, seed {line['seed']}, {line['setting']}"
-        console.print(f"failed: {place}: {line['reason']}", markup=False)
+        console.print(f"failed: {place}: {line['reason']}", markup=False, soft_wrap=True)
     if len(failed) > 5:
         console.print(f"{len(failed)} cells failed in all; their reasons are in {results.path}")
     _show(results, get_suite(args.suite), folder)
@@ -225,7 +226,8 @@ def _watch(study: Any, folder: Path, count: int, args: argparse.Namespace, conso
                     bar.update(whole, completed=min(len(seen), count), description=f"{line['task']}, {line['method']}")
                     if not console.is_terminal and line["stage"] == "final":
                         result = f"{line['accuracy']:.2%}" if line["status"] == "done" else f"failed: {line['reason']}"
-                        console.print(f"{line['task']}, {line['method']}, seed {line['seed']}: {result}", markup=False)
+                        text = f"{line['task']}, {line['method']}, seed {line['seed']}: {result}"
+                        console.print(text, markup=False, soft_wrap=True)
 
         try:
             run_study(study, folder, workers=args.workers, ray=args.ray, report=report)

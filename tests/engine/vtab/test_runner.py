@@ -296,7 +296,7 @@ def test_a_full_disk_ends_the_study_and_fails_no_cell(
     with monkeypatch.context() as patch:
         patch.setattr(cells, "train", full)
         patch.setattr(probes, "export", full)
-        with pytest.raises(VizattnError, match="No space left"):
+        with pytest.raises(VizattnError, match=r"No space left on device.*--out"):
             run_study(study(method(label), seeds=[1]), tmp_path)
     assert not (tmp_path / "results.jsonl").exists()
 

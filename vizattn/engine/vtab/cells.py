@@ -32,7 +32,7 @@ def run_unit(study: Study, unit: Unit, folder: Path) -> Iterator[list[Line]]:
     names that their lines give, before the lines are.
 
     Raises:
-        OSError, VizattnError: The disk is full: no fault of a cell, and none of the others could be kept.
+        OSError: The disk is full: no fault of a cell, and none of the others could be kept.
     """
     from vizattn.engine.vtab.probes import run_probes
 
@@ -72,7 +72,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 def _stop_on_full_disk(error: Exception) -> None:
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        raise error
+        raise cause
 
 
 def _trained(study: Study, cell: Cell, work_dir: Path) -> dict[str, Any]:
