@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -96,6 +98,74 @@ def test_unreadable_images_are_named_and_the_others_go_on(bundle: Path, pictures
     assert "error" in results["broken.png"] and results["text.jpg"]["error"] == "not an image file"
     assert "predictions" in results["a.png"] and "predictions" in results["c.png"]
     assert "broken.png" in err and "text.jpg" in err and "2 of 5 images could not be read." in err
+
+
+def test_odd_images_are_read(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    photo = Image.effect_noise((40, 32), 90).convert("RGB")
+    frames = {"save_all": True, "append_images": [photo.rotate(90), photo.rotate(180)]}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.convert("P").save(tmp_path / "palette.png")
+    photo.convert("RGBA").save(tmp_path / "alpha.webp")
+    Image.fromarray(np.arange(1280, dtype=np.uint16).reshape(32, 40) * 50).save(tmp_path / "deep.png")
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    photo.save(tmp_path / "moving.gif", **frames)
+    photo.save(tmp_path / "moving.png", **frames)
+    photo.save(tmp_path / "moving.webp", **frames)
+    photo.save(tmp_path / "pages.tiff", **frames)
+    photo.save(tmp_path / "photo.mpo", **frames)
+    assert (
+        main(["predict", str(tmp_path), str(tmp_path / "photo.mpo"), "--bundle", str(bundle), "--format", "json"]) == 0
+    )
+    out, err = capsys.readouterr()
+    results = json.loads(out)
+    assert len(results) == 10 and all(len(result["predictions"]) == 4 for result in results)
+    noted = {Path(result["image"]).name for result in results if "note" in result}
+    assert noted == {"moving.gif", "moving.png", "moving.webp", "pages.tiff"}  # of MPO the rest are previews
+    assert f"Of 4 of the files only the first of several frames was taken, as of {tmp_path / 'moving.gif'}." in err
+
+
+def test_what_is_no_image_is_named_in_one_line(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    Image.new("RGB", (2, 300)).save(tmp_path / "sliver.png")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    (tmp_path / "empty.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
+    files = map(str, sorted(tmp_path.glob("*.*")))
+    assert main(["predict", *files, "--bundle", str(bundle), "--format", "csv"]) == 1
+    out, err = capsys.readouterr()
+    assert [row["image"] for row in csv.DictReader(io.StringIO(out)) if row["class"]] == [
+        str(tmp_path / "good.png")
+    ] * 4
+    said = dict(line.removeprefix("Cannot read ").split(": ", 1) for line in err.splitlines()[:-1] if ": " in line)
+    said = {Path(path).name: why for path, why in said.items()}
+    assert "200000000 pixels" in said.pop("huge.png")
+    assert said == {
+        "empty.jpg": "the file is empty",
+        "gone.png": "No such file or directory",
+        "pipe.png": "not a regular file",
+        "sliver.png": "2 x 300 pixels: a side is over 100 times the other",
+    }
+    assert err.splitlines()[-1] == "5 of 6 images could not be read."
+
+
+def test_overlays_show_the_picture_with_its_classes(bundle: Path, pictures: Path, capsys: Capture) -> None:
+    out = pictures / "shown"
+    Image.new("RGB", (3000, 1500), "red").save(pictures / "large.png")
+    results = predict_json(capsys, pictures, "--bundle", bundle, "--save-overlay", out, "--batch-size", 3)
+    assert sorted(path.name for path in out.iterdir()) == [f"{n}_overlay.png" for n in ("a", "b", "c", "large")]
+    small, large = (Image.open(result["overlay"]) for result in (results[0], results[2]))
+    assert small.width >= 224 and small.height > 224
+    assert large.width == 1024 and large.height > 512 and large.getpixel((1000, 500)) == (255, 0, 0)
+    below = np.asarray(small)[-60:]
+    assert (below == 0).any() and (below == 255).mean() > 0.5  # text
+
+    (pictures / "a_overlay.png").write_bytes((pictures / "a.png").read_bytes())
+    argv = ["predict", str(pictures / "a.png"), str(pictures / "a_overlay.png"), "--bundle", str(bundle)]
+    assert main([*argv, "--save-overlay", str(pictures)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
 
 
 def test_missing_inputs_are_mistakes(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

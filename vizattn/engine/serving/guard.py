@@ -55,8 +55,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
@@ -67,6 +71,10 @@ class Guard:
         self.running += 1
         try:
             await self.app(scope, self._bounded(receive), send_with_headers)
+        except asyncio.CancelledError:  # the server was told to end
+            if started:
+                raise
+            await error_response(503, "The server is ending.")(scope, receive, send_with_headers)
         finally:
             self.running -= 1
 
