@@ -53,6 +53,15 @@ def test_a_task_without_a_result_is_told_by_the_status(
     assert "failed: digits, vpt, final, seed 42, {}: MemoryError: not enough" in capsys.readouterr().out
 
 
+def test_results_of_images_elsewhere_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--out", str(tmp_path), "--seeds", "1", "--sweep", "none", "--cfg-options", "schedule.epochs=4"]
+    for root in ("one", "other"):
+        assert "are of the images in" not in capsys.readouterr().out
+        assert main([*MINI, "linear_probe", *options, "--root", str(tmp_path / root)]) == 0
+    told = f"are of the images in {tmp_path / 'one'}; for those in {tmp_path / 'other'} choose another --out"
+    assert told in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*MINI, "linear_probe", "vpt", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "2 methods with 41 settings: 50 cells" in capsys.readouterr().out

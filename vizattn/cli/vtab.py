@@ -183,6 +183,9 @@ def _run(args: argparse.Namespace) -> int:
         console.print(f"failed: {place}: {line['reason']}", markup=False, soft_wrap=True)
     if len(failed) > 5:
         console.print(f"{len(failed)} cells failed in all; their reasons are in {results.path}")
+    for root in sorted(_roots(study, results) - {study.root, None}):
+        text = f"Some of these results are of the images in {root}; for those in {study.root} choose another --out."
+        console.print(text, markup=False, soft_wrap=True)
     _show(results, get_suite(args.suite), folder)
     return 0 if all_measured(study, results) else 1
 
@@ -194,6 +197,12 @@ def _place(line: dict[str, Any]) -> tuple[str, str]:
 def _places(study: Any) -> set[tuple[str, str]]:
     """(task, row of the tables) of all that a study measures."""
     return {(task.name, method.key) for task in study.tasks for method in study.methods}
+
+
+def _roots(study: Any, results: Any) -> set[Any]:
+    """The folders of images that the results of a study were measured on."""
+    runs = {line["run"] for line in results.cells() if "run" in line and _place(line) in _places(study)}
+    return {run["config"]["data"]["root"] for run in map(results.run, runs) if run is not None}
 
 
 def _watch(study: Any, folder: Path, count: int, args: argparse.Namespace, console: Any, run_study: Any) -> None:
