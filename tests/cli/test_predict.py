@@ -168,6 +168,17 @@ def test_overlays_show_the_picture_with_its_classes(bundle: Path, pictures: Path
     assert "would be overwritten" in capsys.readouterr().err
 
 
+def test_memory_that_is_not_there(
+    bundle: Path, pictures: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("torch.stack", fail)
+    assert main(["predict", str(pictures), "--bundle", str(bundle)]) == 2
+    assert "not enough memory for 3 images at a time: lower --batch-size" in capsys.readouterr().err
+
+
 def test_missing_inputs_are_mistakes(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["predict", "nothing*.png", "--bundle", str(bundle)]) == 2
     assert "nothing*.png" in capsys.readouterr().err

@@ -136,7 +136,13 @@ def predict_batch(
         read.append((result, overlays / f"{name}_overlay.png" if overlays else None, image if overlays else None))
     if not read:
         return results
-    for (result, file, image), best in zip(read, predictor.classify(tensors, top_k), strict=True):
+    try:
+        classes = predictor.classify(tensors, top_k)
+    except MemoryError as error:
+        raise VizattnError(
+            f"There is not enough memory for {len(tensors)} images at a time: lower --batch-size."
+        ) from error
+    for (result, file, image), best in zip(read, classes, strict=True):
         result["predictions"] = best
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)

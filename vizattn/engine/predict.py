@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from vizattn.engine.pictures import Palette, segment
 from vizattn.errors import VizattnError
 from vizattn.heads import Segmenter
 
-__all__ = ["FIRST_OF_SEVERAL", "Predictor", "read_image"]
+__all__ = ["FIRST_OF_SEVERAL", "Predictor", "memory_errors", "read_image"]
 
 #: What is said of animations and of files of several pages.
 FIRST_OF_SEVERAL = "only the first of several frames"
@@ -60,6 +61,17 @@ def _reason(error: OSError, source: Any) -> str:
     return "not an image file" if size else "the file is empty"
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns what torch raises of memory that cannot be had into `MemoryError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError("there is not enough memory for it") from error
+        raise
+
+
 class Predictor:
     """Classifies images, or segments them.
 
@@ -94,13 +106,14 @@ class Predictor:
     def classify(self, inputs: Sequence[Tensor], top_k: int) -> list[list[dict[str, Any]]]:
         """Of each image, (3, H, W) as `transform` gives it: `class` and `probability` of the likeliest, best first."""
         device = next(self.trained.model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_errors():
             probabilities = self.trained.model(torch.stack(list(inputs)).to(device)).float().softmax(-1).cpu()
         return [self._best(row, top_k, "probability") for row in probabilities]
 
     def segment(self, image: Image.Image, top_k: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Class numbers (H, W) of an image; `class` and `share` of the pixels, of those there are, largest first."""
-        mask = segment(self.task, self.transform, image)
+        with memory_errors():
+            mask = segment(self.task, self.transform, image)
         counts = np.bincount(mask.ravel(), minlength=len(self.class_names))
         shares = self._best(torch.from_numpy(counts / mask.size), top_k, "share")
         return mask, [best for best in shares if best["share"]]

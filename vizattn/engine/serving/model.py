@@ -15,7 +15,7 @@ from vizattn.engine.attend import attention_view
 from vizattn.engine.attention_page import attention_html
 from vizattn.engine.evaluate import Trained
 from vizattn.engine.pictures import index_image, overlay
-from vizattn.engine.predict import FIRST_OF_SEVERAL, Predictor, read_image
+from vizattn.engine.predict import FIRST_OF_SEVERAL, Predictor, memory_errors, read_image
 from vizattn.engine.report import png_url
 from vizattn.engine.serving.limits import Limits
 
@@ -79,7 +79,9 @@ class ServedModel:
         Raises:
             VizattnError: The picture cannot be read, or the model's attention is not known.
         """
-        return attention_html(attention_view(self.trained, self._read(data), "the picture"))
+        image = self._read(data)
+        with memory_errors():
+            return attention_html(attention_view(self.trained, image, "the picture"))
 
     def _read(self, data: bytes) -> Image.Image:
         Image.init()
