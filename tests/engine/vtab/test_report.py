@@ -134,3 +134,9 @@ def test_methods_stand_side_by_side_by_task(results: Results) -> None:
     header, body = task_table(rows_of(results.cells(), SUITE), SUITE)
     assert header[3:] == ["vpt on vit", "hst on vit"]
     assert body[0][2:] == ["10", "42.0 ± 1.0 (3)", "25.0 ± 0.0 (1)"]
+
+
+def test_rows_of_other_recipes_have_other_names(results: Results) -> None:
+    results.append([_line(SUITE.tasks[0], 1, 0.25, row="longer", cell="longer")])
+    results.read()
+    assert [row.name for row in rows_of(results.cells(), SUITE)] == ["vpt (num_tokens=5)", "vpt #2 (num_tokens=5)"]

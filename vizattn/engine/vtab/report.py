@@ -66,7 +66,10 @@ def _count(value: float | None) -> str:
 def summary_table(rows: Sequence[Row], suite: Suite) -> Table:
     """Group means, the mean of these and the mean over all tasks, in per cent; a gap where a task is missing."""
     groups, count = suite.groups, len(suite.tasks)
-    header = ["backbone", "method", *groups, f"mean-{len(groups)}", f"mean-{count}"]
+    means = [f"mean-{len(groups)}", f"mean-{count}"]
+    if len(groups) == count:
+        means = ["mean of groups", "mean of tasks"]
+    header = ["backbone", "method", *groups, *means]
     header += ["trained, with head", "without head", "tasks"]
     body = [
         [

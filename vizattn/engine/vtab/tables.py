@@ -98,6 +98,12 @@ def rows_of(lines: Iterable[Line], suite: Suite) -> list[Row]:
             of_task.setdefault((line["row"], line["task"]), []).append(line)
     for (key, task), found in of_task.items():
         _fill(rows[key], task, found)
+    named: dict[tuple[str, str], list[Row]] = {}
+    for row in rows.values():
+        named.setdefault((row.backbone, row.name), []).append(row)
+    for same in named.values():
+        for number, row in enumerate(same[1:], 2):  # other recipes, such as of more epochs
+            row.method += f" #{number}"
     return [*rows.values()]
 
 
