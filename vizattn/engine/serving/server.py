@@ -77,15 +77,16 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch(None, 0.0)
 
-    def _watch(self, seen: Any, since: float) -> None:
-        if self.transport.is_closing():
+    def _watch(self, seen: tuple[Any, bool] | None, since: float) -> None:
+        if self not in self.connections:  # it is lost; one that is closed may still have something to send
             return
         now = self.loop.time()
-        if seen is not self.cycle or not since:
-            since = now
         running = self.cycle is not None and not self.cycle.response_complete
+        state = (self.cycle, running)
+        if seen != state:
+            since = now
         if now - since >= (EXCHANGE_SECONDS if running else HEAD_SECONDS):
             self.transport.abort()
             return
         again: Callable[..., None] = self._watch
-        self.loop.call_later(HEAD_SECONDS / 2, again, self.cycle, since)
+        self.loop.call_later(HEAD_SECONDS / 2, again, state, since)
