@@ -237,7 +237,7 @@ def test_slow_uploads_end() -> None:
 
 def test_the_line_before_the_model_is_bounded() -> None:
     async def scene() -> None:
-        worker, goes_on, began = OneThread(2, 0.2), threading.Event(), threading.Event()
+        worker, goes_on, began = OneThread(2, 1), threading.Event(), threading.Event()
 
         def work() -> int:
             began.set()
@@ -252,8 +252,9 @@ def test_the_line_before_the_model_is_bounded() -> None:
         with pytest.raises(Busy, match="Too many"):
             await worker.run(work)
         for late in (first, second):
-            with pytest.raises(Busy, match=r"longer than 0.2 seconds"):
+            with pytest.raises(Busy, match=r"longer than 1 seconds"):
                 await late
+        worker.seconds = 60
         third = asyncio.create_task(worker.run(work))  # in the place of the second, which never ran
         await asyncio.sleep(0.01)
         with pytest.raises(Busy, match="Too many"):  # the first runs still

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class Browser:
             text, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(text)
             if answer.get("id") == number:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]
             self.events.append(answer)
 
@@ -167,8 +169,7 @@ def test_a_picture_is_classified_and_looked_into(served: str, browser: Browser, 
     assert browser.value("document.getElementById('shown').naturalWidth") == 32
     browser.value("document.getElementById('attend').click()")
     browser.until("document.getElementById('attention').srcdoc.length > 0")
-    frame = next((e for e in browser.events if e.get("method") == "Target.attachedToTarget"), None)
-    inside = attached(browser) if frame else in_frame(browser)
+    inside = evaluator(browser)
     assert inside("document.body.dataset.ready") == "blocks.5.attn"
     assert inside("document.querySelectorAll('#heads button').length") >= 2
     assert inside("document.getElementById('state').textContent").startswith("blocks.5.attn (softmax), mean of heads")
@@ -191,25 +192,21 @@ def test_a_picture_is_segmented(served: str, browser: Browser, tmp_path: Path) -
     assert browser.complaints() == []
 
 
-def attached(browser: Browser) -> Any:
-    """Evaluates in the frame that has a process of its own."""
-    session = next(e for e in browser.events if e.get("method") == "Target.attachedToTarget")["params"]["sessionId"]
-    browser.until("document.body?.dataset.ready !== undefined", session)
-    return lambda expression: browser.value(expression, session)
-
-
-def in_frame(browser: Browser) -> Any:
-    """Evaluates in the frame that is in the page's process."""
-    tree = browser.call("Page.getFrameTree")["frameTree"]
-    frame = tree["childFrames"][0]["frame"]["id"]
+def evaluator(browser: Browser) -> Any:
+    """Evaluates in the page's frame once that is ready, whether the browser gives it a process of its own or not."""
 
     def evaluate(expression: str) -> Any:
+        apart = [e["params"]["sessionId"] for e in browser.events if e.get("method") == "Target.attachedToTarget"]
+        if apart:
+            return browser.value(expression, apart[-1])
+        frame = browser.call("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]["id"]
         context = browser.call("Page.createIsolatedWorld", frameId=frame)["executionContextId"]
         result = browser.call("Runtime.evaluate", expression=expression, contextId=context, returnByValue=True)
         return result["result"].get("value")
 
     for _ in range(400):
-        if evaluate("document.body.dataset.ready"):
-            break
+        with suppress(RuntimeError, KeyError, IndexError):  # the frame changes its process, or is not there yet
+            if evaluate("document.body?.dataset.ready"):
+                return evaluate
         time.sleep(0.05)
-    return evaluate
+    raise AssertionError(f"the frame did not become ready: {browser.complaints()}")
