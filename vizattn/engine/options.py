@@ -123,9 +123,9 @@ BY_TASK: dict[str, dict[str, Option]] = {
 }
 """Options that one task has; the head's own (`channels` and others) are checked by the head.
 
-`data.resize` "squash" resizes straight to the input size, by bicubic interpolation and whatever the aspect; "backbone" is
-as the backbone was evaluated. `data.in_memory` keeps decoded images for the next epochs. `sweep` is for `vizattn vtab`:
-options with the values to choose from.
+`data.resize` "squash" resizes straight to the input size, by bicubic interpolation and whatever the aspect; "backbone"
+is as the backbone was evaluated. `data.in_memory` keeps decoded images for the next epochs. `sweep` is for
+`vizattn vtab`: options with the values to choose from.
 """
 
 TASKS = tuple(BY_TASK)
