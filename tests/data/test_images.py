@@ -1,13 +1,15 @@
 import itertools
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vizattn.data.images import find_images, load_rgb, unreadable
+from vizattn.data.images import find_images, load_rgb, quiet, unreadable
 
 
 @pytest.fixture
@@ -147,3 +149,24 @@ def test_smaller_decoding_keeps_the_orientation(photo, tmp_path):
     assert load_rgb(tmp_path / "x.jpg").size == (48, 64)
     assert load_rgb(tmp_path / "x.jpg", least_side=24).size == (24, 32)
     assert load_rgb(tmp_path / "x.jpg", upright=False, least_side=24).size == (32, 24)
+
+
+def test_warnings_are_heard_again_after_any_number_of_threads() -> None:
+    """However their ways in and out cross, the filters are in the end what they were."""
+    before = [*warnings.filters]
+    inside = threading.Barrier(8)
+
+    def pause(number: int) -> None:
+        with quiet():
+            inside.wait()
+            time.sleep(0.002 * (number % 3))
+            warnings.warn("not heard", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(pause, range(8)))
+        warnings.warn("heard", stacklevel=1)
+    assert [str(remark.message) for remark in heard] == ["heard"]
+    assert [*warnings.filters] == before

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import BinaryIO
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "load_rgb", "unreadable"]
+__all__ = ["IMAGE_SUFFIXES", "find_images", "load_rgb", "quiet", "unreadable"]
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"}
@@ -45,6 +46,32 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+_quiet_lock = threading.Lock()
+_quiet: list[Any] = []  # the saved filters, and an entry for each thread that is inside
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore warnings: decoders remark on metadata, and failures are raised.
+
+    For any number of threads at once: the first in saves the filters and the last out puts them back, where
+    `warnings.catch_warnings` in each would leave them in disorder.
+    """
+    with _quiet_lock:
+        if not _quiet:
+            _quiet.append(warnings.catch_warnings())
+            _quiet[0].__enter__()
+            warnings.simplefilter("ignore")
+        _quiet.append(None)
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet.pop()
+            if len(_quiet) == 1:
+                _quiet.pop().__exit__()
+
+
 def load_rgb(
     path: str | os.PathLike[str] | BinaryIO,
     upright: bool = True,
@@ -71,8 +98,7 @@ def load_rgb(
     Raises:
         OSError: The file cannot be read or decoded.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on metadata; failures are raised
+    with quiet():
         return _decode(path, upright, least_side, max_pixels, formats)
 
 
@@ -138,11 +164,9 @@ def unreadable(paths: Sequence[str], whole: bool) -> dict[str, str]:
         whole: Decode each file. Otherwise only its header and its last bytes are read, and the rest when those are odd:
             some thirty times quicker, and blind only to damage in the middle of a file.
     """
-    with warnings.catch_warnings():  # here, as in threads it would leave the filters in disorder
-        warnings.simplefilter("ignore")
-        with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-            reasons = pool.map(lambda path: _problem_of(path, whole), paths)
-            return {path: reason for path, reason in zip(paths, reasons) if reason}
+    with quiet(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        reasons = pool.map(lambda path: _problem_of(path, whole), paths)
+        return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 
 def _problem_of(path: str, whole: bool) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
+from vizattn.data.images import quiet
 from vizattn.errors import VizattnError
 
 __all__ = [
@@ -56,15 +56,13 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         OSError: The file cannot be read, or holds no labels: JPEG, which changes values, or other colours.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.format == "JPEG":
-                    raise OSError("a JPEG file cannot hold labels, as it changes their values; save masks as PNG")
-                # Pillow spreads the values of 2 and 4 bits over 0 to 255.
-                spread = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args) if image.tile else "", 1)
-                image.load()
-                return _labels(image) // spread
+        with quiet(), Image.open(path) as image:
+            if image.format == "JPEG":
+                raise OSError("a JPEG file cannot hold labels, as it changes their values; save masks as PNG")
+            # Pillow spreads the values of 2 and 4 bits over 0 to 255.
+            spread = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args) if image.tile else "", 1)
+            image.load()
+            return _labels(image) // spread
     except OSError:
         raise
     except Exception as error:  # decoders raise all kinds
