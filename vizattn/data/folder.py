@@ -280,6 +280,7 @@ def listed(lines: Iterable[str], indent: str = "  ") -> str:
 
 def nearest_tree(path: str) -> str:
     """The tree of the lowest folder above a missing path that does exist."""
+    path = os.path.abspath(path)  # the parent of a bare name is not ""
     while not os.path.isdir(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return tree(path)
