@@ -127,6 +127,13 @@ def test_a_run_evaluates_the_same_from_what_it_wrote(run: Any) -> None:
     assert "IoU of each class" in page and page.count("<img") >= 5 and "http" not in page.replace("http-equiv", "")
 
 
+def test_images_are_normalised_as_the_backbone_was_trained(run: Any, tmp_path: Path) -> None:
+    pyramid = train(recipe(model=dict(PYRAMID), schedule={"epochs": 1}), work_dir=tmp_path / "run", quiet=True)
+    for folder in (run.work_dir, pyramid.work_dir):
+        stored = load_trained(Path(folder) / "model").preprocessing
+        assert stored["mean"] == stored["std"] == [0.5] * 3 and stored["input_size"] == [3, 32, 32]
+
+
 def test_a_pyramid_learns_with_auxiliary_head_dice_and_poly(tmp_path: Path) -> None:
     losses: list[float] = []
     changes = {

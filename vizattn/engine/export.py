@@ -171,7 +171,7 @@ def metadata_of(trained: Trained) -> dict[str, str]:
 
 
 def _usual_size(trained: Trained) -> Size:
-    """Height and width that the model was trained with."""
+    """Height and width that the model was trained with; its backbone's own where its data has no one size."""
     data = trained.recipe.get("data") or {}
     if isinstance(trained.model, Segmenter) and (crop := pair("data.crop_size", data.get("crop_size"))):
         return crop

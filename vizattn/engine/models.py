@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vizattn.adapters.anatomy import core
 from vizattn.adapters.bundle import OWN_WEIGHTS
 from vizattn.errors import VizattnError, unknown
 
@@ -164,7 +165,7 @@ def model_preprocessing(model: nn.Module, config: Mapping[str, Any]) -> dict[str
     """What the images of `model` go through by a recipe that says how it was created and how images are resized."""
     from vizattn.data import preprocessing_of
 
-    preprocessing = preprocessing_of(model)
+    preprocessing = preprocessing_of(core(model))  # a segmenter's images are its backbone's
     if size := config["model"].get("img_size"):
         preprocessing["input_size"] = [3, *([size] * 2 if isinstance(size, int) else size)]
     if config["data"].get("resize") == "squash":
