@@ -6,7 +6,8 @@ RECIPE ?= glyphs_pretrain
 GROUPS ?= ops backbones adapters startup data
 
 .DEFAULT_GOAL := help
-.PHONY: help demo vtab-mini test test-slow timm-suite bench lint format cards wheel-smoke pretrain clean
+.PHONY: help demo vtab-mini test test-slow timm-suite bench lint format cards docs docs-serve notebooks \
+	wheel-smoke pretrain clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +22,7 @@ vtab-mini: .venv/.installed  ## Compare six methods on eight small tasks that ne
 test: .venv/.installed-test  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: .venv/.installed-test  ## Run the tests that take long
+test-slow: .venv/.installed-test .venv/.installed-docs  ## Run the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
@@ -44,6 +45,15 @@ cards: .venv/.installed  ## Write the model cards and the index of the zoo from 
 	$(BIN)/python tools/measure_zoo.py cost
 	$(BIN)/python tools/make_cards.py
 
+docs: .venv/.installed-docs  ## Build the documentation into site/; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: .venv/.installed-docs  ## Show the documentation at http://127.0.0.1:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
+notebooks: .venv/.installed-docs  ## Run the notebooks, with their outputs into work_dirs/notebooks
+	$(BIN)/python tools/run_notebooks.py $(ARGS)
+
 wheel-smoke: .venv/.installed-test  ## Build the wheel and use it from a fresh environment elsewhere
 	.ci/wheel_smoke.sh $(BIN)/python
 
@@ -52,7 +62,7 @@ pretrain: .venv/.installed  ## Rebuild the weights that ship with a nano size: R
 	$(BIN)/python tools/pack_weights.py work_dirs/$(RECIPE)
 
 clean:  ## Remove what the other targets made, but for work_dirs
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes last into a new environment: one that was interrupted is made again.
@@ -78,3 +88,8 @@ $(BIN)/pip:
 	@$(PIP) --editable '.[test]'
 	@$(BIN)/python tools/editable_first.py
 	@touch $@ .venv/.installed
+
+.venv/.installed-docs: pyproject.toml .venv/.installed
+	@echo "Installing what the documentation and the notebooks need into .venv"
+	@$(PIP) --editable '.[docs,notebooks]'
+	@touch $@

@@ -193,7 +193,7 @@ class BilevelRoutingAttention(nn.Module):
     """Multi-head bi-level routing attention, with a depthwise convolution of the values added (LePE, arXiv:2107.00652).
 
     Prefix tokens and extra keys are in no region: every token attends to them, and prefix tokens attend to everything.
-    The convolution reaches the patch tokens only.
+    The convolution reaches the patch tokens only. Products are scaled by C^-0.5, as published, and not by d^-0.5.
 
     Args:
         dim: Channels C of the tokens.
@@ -209,7 +209,6 @@ class BilevelRoutingAttention(nn.Module):
         n_win: Regions along each side of the map, whatever its size, so regions grow with the map. A map too small or
             not divided by it has fewer.
         region_size: Tokens along each side of a region, instead of `n_win`: their number grows with the map.
-        scale: Factor of the products; C^-0.5 if None, as published (not d^-0.5).
 
     Raises:
         VizattnError: `num_heads` does not divide `dim`, or `topk`, `n_win` or `region_size` is not positive.
