@@ -6,7 +6,7 @@ RECIPE ?= glyphs_pretrain
 GROUPS ?= ops backbones adapters startup data
 
 .DEFAULT_GOAL := help
-.PHONY: help demo vtab-mini test test-slow timm-suite bench lint format cards docs docs-serve notebooks \
+.PHONY: help demo vtab-mini test test-slow faults timm-suite bench lint format cards docs docs-serve notebooks \
 	wheel-smoke pretrain clean
 
 help:  ## List the targets
@@ -24,6 +24,9 @@ test: .venv/.installed-test  ## Run the tests
 
 test-slow: .venv/.installed-test .venv/.installed-docs  ## Run the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+faults: .venv/.installed-test  ## Kill, starve and damage commands and files, and count what is lost (10 minutes)
+	PYTHONPATH=tools $(BIN)/python -m faults $(ARGS)
 
 timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
 	$(BIN)/python tools/timm_suite.py $(ARGS)

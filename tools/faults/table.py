@@ -1,0 +1,13 @@
+"""All cases of the campaign."""
+
+from __future__ import annotations
+
+from faults import kills
+from faults.campaign import Case
+
+__all__ = ["all_cases"]
+
+
+def all_cases() -> list[Case]:
+    """Every case, the kinds in turn."""
+    return [*kills.CASES]
