@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -23,3 +24,18 @@ def test_the_navigation_names_every_page() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     named = re.findall(r"([\w/-]+\.md)\s*$", nav, flags=re.MULTILINE)
     assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_the_pictures_are_what_the_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    diagrams = importlib.import_module("make_diagrams").diagrams()
+    there = {path: path.read_text(encoding="utf-8") for path in (DOCS / "pictures").glob("*.svg")}
+    stale = [path.name for path in {*diagrams, *there} if diagrams.get(path) != there.get(path)]
+    assert not stale, "run python tools/make_diagrams.py"
+
+
+def test_every_picture_is_shown_and_all_are_small() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+    pictures = [path for path in DOCS.rglob("*") if path.suffix in (".svg", ".png")]
+    assert pictures and [path.name for path in pictures if f"{path.name})" not in text] == []
+    assert sum(path.stat().st_size for path in pictures) < 1_000_000
