@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vizattn import VizattnError
 from vizattn.attention import NeighborhoodAttention, na1d, na2d, na3d
-from vizattn.attention import neighborhood_tiles as tiles
+from vizattn.attention import neighborhood_fused as fused
 from vizattn.attention.neighborhood import fitting_axis
+from vizattn.attention.neighborhood_plain import attend_plain
+from vizattn.attention.neighborhood_tiles import Axis
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -102,8 +104,7 @@ def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
     expected = naive(query, key, value, options, rpb, extra)
     kernel_size, stride, dilation, is_causal = (list(option) for option in zip(*options))
     outputs = []
-    work, group = tiles.CHUNK, tiles.GROUP
-    tiles.CHUNK, tiles.GROUP = chunk, 4 * chunk
+    work, fused.CHUNK = fused.CHUNK, chunk
     try:
         for backend in ("auto", "tiled", "reference"):
             output = FUNCTIONS[len(grid)](
@@ -123,11 +124,12 @@ def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
         qkv = torch.stack([query, key, value], dim=-3).flatten(1, len(grid))
         if extra:
             qkv = torch.cat([torch.stack([extra[0], extra[0], extra[1]], dim=-3), qkv], dim=1)
-        axes = tuple(tiles.Axis(L, *option, option[0] - 1) for L, option in zip(grid, options))
-        outputs.append(tiles.attend_plain(qkv, rpb, axes, d**-0.5).unflatten(1, grid))
+        axes = tuple(Axis(L, *option, option[0] - 1) for L, option in zip(grid, options))
+        outputs.append(attend_plain(qkv, rpb, axes, d**-0.5).unflatten(1, grid))
+        outputs.append(fused.attend_fused(rpb, axes, d**-0.5, qkv).unflatten(1, grid))
         assert_same(outputs, expected, inputs)
     finally:
-        tiles.CHUNK, tiles.GROUP = work, group
+        fused.CHUNK = work
 
 
 options_of_all = {"E": st.sampled_from([0, 2]), "bias": st.booleans(), "seed": st.integers(0, 999)}
@@ -229,7 +231,7 @@ def test_blocks_when_the_stride_is_the_window() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_memory_grows_with_tokens_only(grad: bool) -> None:
-    """No copy of the keys for each query (49 each): nothing exceeds the keys and values of the tiles (6.25 each)."""
+    """No copy of the keys for each query (49 each): nothing exceeds the keys and values by column of tiles."""
     H, h, d, k = 48, 2, 16, 7
     query, key, value = (torch.randn(1, H, H, h, d, requires_grad=grad) for _ in range(3))
     rpb = torch.randn(h, 2 * k - 1, 2 * k - 1, requires_grad=grad)
@@ -240,8 +242,8 @@ def test_memory_grows_with_tokens_only(grad: bool) -> None:
             output.sum().backward()
     allocated = [e.self_cpu_memory_usage for e in profile.events()]  # type: ignore[union-attr]
     assert max(allocated) > 0
-    # Tiles of 4 x 4 queries have 10 x 10 keys; the gradients of keys and values are one allocation of floats.
-    assert max(allocated) <= 2 * (10 / 4) ** 2 * H * H * h * d * 4
+    # Tiles of 4 x 8 queries see 14 columns; copies of keys and values are one allocation of floats.
+    assert max(allocated) <= 2 * (14 / 8) * H * H * h * d * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,7 +21,9 @@ from timm.layers import register_notrace_module, trunc_normal_  # type: ignore[a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.neighborhood_tiles import Axis, attend_naive, attend_plain, attend_tiles
+from vizattn.attention.neighborhood_fused import attend_fused
+from vizattn.attention.neighborhood_plain import attend_naive, attend_plain
+from vizattn.attention.neighborhood_tiles import Axis
 from vizattn.errors import VizattnError, unknown
 
 __all__ = ["NeighborhoodAttention", "fitting_axis", "na1d", "na2d", "na3d"]
@@ -116,12 +118,15 @@ def _neighborhood(
             additional_keys=additional_keys,
             additional_values=additional_values,
         )
-    qkv = torch.stack([query, key, value], dim=-3).flatten(1, axes)
+    query, key, value = (x.flatten(1, axes) for x in (query, key, value))
     if additional_keys is not None and additional_values is not None:
-        # Their queries are never used.
-        extra = torch.stack([additional_keys, additional_keys, additional_values], dim=-3)
-        qkv = torch.cat([extra.to(qkv.dtype).expand(len(qkv), -1, -1, -1, -1), qkv], dim=1)
-    return _attend(qkv, rpb, windows, scale, backend).unflatten(1, grid)
+        key = torch.cat([additional_keys.to(key.dtype).expand(len(key), -1, -1, -1), key], dim=1)
+        value = torch.cat([additional_values.to(key.dtype).expand(len(key), -1, -1, -1), value], dim=1)
+    if _fusable(query, backend):
+        return attend_fused(rpb, windows, scale, query, key, value).unflatten(1, grid)
+    # The queries of additional keys are never used.
+    query = torch.cat([key[:, : key.shape[1] - query.shape[1]], query], dim=1)
+    return _attend(torch.stack([query, key, value], dim=2), rpb, windows, scale, backend).unflatten(1, grid)
 
 
 def _each(axes: int, name: str, option: Any, function: str) -> tuple[Any, ...]:
@@ -199,10 +204,15 @@ def _attend(
     """(B, E + N, 3, h, d) -> (B, N, h, d), with every tensor operation that we have and no library."""
     if backend == "reference" or qkv.is_meta:
         return attend_naive(qkv, rpb, windows, scale)
-    # Tracers must see plain operations; what they hand in are often subclasses.
-    if dropout_p > 0 or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor:
-        return attend_plain(qkv, rpb, windows, scale, dropout_p)
-    return attend_tiles(qkv, rpb, windows, scale)
+    if dropout_p == 0 and _fusable(qkv, backend):
+        return attend_fused(rpb, windows, scale, qkv)
+    return attend_plain(qkv, rpb, windows, scale, dropout_p)
+
+
+def _fusable(tokens: Tensor, backend: str) -> bool:
+    """Tracers must see plain operations; what they hand in are often subclasses."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) is not Tensor
+    return backend != "reference" and not tokens.is_meta and not tracing
 
 
 def _attend_grid(
