@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 __all__ = ["VizattnError", "closest", "unknown"]
 
+_LONGEST = 200
+"""Characters of a name that are looked at: a damaged file may hold any."""
+
 
 class VizattnError(ValueError):
     """A user's mistake. The command line prints its message, without a traceback, and exits with status 2."""
@@ -14,7 +17,7 @@ class VizattnError(ValueError):
 
 def closest(name: str, choices: Iterable[str], n: int = 3) -> list[str]:
     """The `n` entries of `choices` that look most like `name`, best first."""
-    return difflib.get_close_matches(str(name), sorted(choices), n=n, cutoff=0.5)
+    return difflib.get_close_matches(str(name)[:_LONGEST], sorted(choices), n=n, cutoff=0.5)
 
 
 def unknown(kind: str, name: object, choices: Iterable[str], how_to_list: str | None = None) -> VizattnError:
@@ -27,7 +30,7 @@ def unknown(kind: str, name: object, choices: Iterable[str], how_to_list: str | 
         how_to_list: A command or call that lists them; without it the choices themselves are shown.
     """
     choices = sorted(choices)
-    message = f"Unknown {kind} {str(name)!r}."
+    message = f"Unknown {kind} {str(name)[:_LONGEST]!r}."
     matches = closest(str(name), choices)
     if matches:
         message += f" Did you mean {' or '.join(repr(m) for m in matches)}?"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from vizattn.adapters.anatomy import classifiers, core, map_source
 from vizattn.adapters.base import METHODS, attach, attached, make_options, replace_head
 from vizattn.adapters.edits import Edits, SetAttr
 from vizattn.errors import VizattnError, closest
-from vizattn.files import replacing, write_text
+from vizattn.files import checked_file, read_json, write_with_note
 from vizattn.heads import Segmenter
 from vizattn.heads.build import head_class
 from vizattn.version import __version__
@@ -49,7 +48,7 @@ __all__ = [
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-NEXT_NAME = f".{WEIGHTS_NAME}.next"
+_NEXT_NAME = f".{WEIGHTS_NAME}.next"  # of an interrupted write, see `write_with_note`
 FORMAT_VERSION = 1
 OWN_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 """Options of `timm.create_model` that say where weights come from."""
@@ -152,14 +151,8 @@ def save_adapter(
 def write_bundle(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
     """Write a bundle of `config`, but for the checksum, and tensors; the files appear whole or not at all."""
     weights = to_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
-    config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    # The config names the checksum of its weights: until these have their final name they are found as NEXT_NAME, so an
-    # interruption at any point leaves the old bundle or the new one.
-    with replacing(folder / NEXT_NAME) as temporary:
-        temporary.write_bytes(weights)
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, default=str) + "\n")
-    os.replace(folder / NEXT_NAME, folder / WEIGHTS_NAME)
+    write_with_note(folder / WEIGHTS_NAME, lambda path: path.write_bytes(weights), folder / CONFIG_NAME, config)
     return folder
 
 
@@ -220,7 +213,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        interrupted = name == WEIGHTS_NAME and (folder / NEXT_NAME).is_file()
+        interrupted = name == WEIGHTS_NAME and (folder / _NEXT_NAME).is_file()
         if not (folder / name).is_file() and not interrupted:
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
             raise VizattnError(
@@ -228,7 +221,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"found: {', '.join(found) or 'nothing' if isinstance(found, list) else found}."
             )
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        config = read_json(folder / CONFIG_NAME)
         version = config["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise VizattnError(f"{folder / CONFIG_NAME} is damaged: {error}.") from None
@@ -418,16 +411,16 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         VizattnError: they are not those that the config names.
     """
-    data = (folder / WEIGHTS_NAME).read_bytes() if (folder / WEIGHTS_NAME).is_file() else b""
-    if hashlib.sha256(data).hexdigest() != config["weights_sha256"] and (folder / NEXT_NAME).is_file():
-        data = (folder / NEXT_NAME).read_bytes()
-    if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+    weights = folder / WEIGHTS_NAME
+    path = checked_file(weights, config["weights_sha256"])
+    if path is None:
+        size = weights.stat().st_size if weights.is_file() else 0
         raise VizattnError(
-            f"{folder / WEIGHTS_NAME} is damaged or truncated: its checksum is not the one in {CONFIG_NAME} "
-            f"({len(data):,} bytes found). Copy the whole bundle again."
+            f"{weights} is damaged or truncated: its checksum is not the one in {CONFIG_NAME} "
+            f"({size:,} bytes found). Copy the whole bundle again."
         )
     try:
-        return load_safetensors(data)
+        return load_safetensors(path.read_bytes())
     except SafetensorError as error:
         raise VizattnError(f"{folder / WEIGHTS_NAME} is not a safetensors file: {error}.") from None
 

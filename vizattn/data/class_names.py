@@ -11,8 +11,12 @@ import numpy as np
 from vizattn.data.masks import IGNORE_INDEX, distinct, palette_of, to_classes, voc_palette
 from vizattn.data.segmentation_layouts import Found
 from vizattn.errors import VizattnError
+from vizattn.files import read_text
 
 __all__ = ["NAME_FILES", "find_class_names", "find_palette", "names_in"]
+
+_LARGEST = 100_000
+"""Index of a class: all below have a name, too."""
 
 NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 
@@ -82,15 +86,19 @@ def names_in(path: Path) -> list[str]:
         VizattnError: The file is no such list.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except OSError as error:
+        raise VizattnError(f"Cannot read the class names in {path}: {error.strerror or error}") from None
+    except ValueError:
         raise VizattnError(f"{path} is no list of class names in UTF-8.") from None
-    numbered = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line) for line in lines]
+    numbered = [re.fullmatch(r"(\d{1,9})\s*:\s*(.+)", line) for line in lines]
     if not lines or not all(numbered):
         if any(numbered) or not lines:
             raise VizattnError(f'{path} must have one class name a line, or "index: name" on each line.')
         return lines
     by_index = {int(match[1]): match[2] for match in numbered if match and int(match[1]) != IGNORE_INDEX}
+    if (largest := max(by_index, default=0)) > _LARGEST:
+        raise VizattnError(f"{path} names class {largest}; the largest may be {_LARGEST}.")
     return [by_index.get(index, f"class {index}") for index in range(max(by_index, default=-1) + 1)]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vizattn.data.images import quiet
 from vizattn.errors import VizattnError
+from vizattn.files import check_regular
 
 __all__ = [
     "IGNORE_INDEX",
@@ -55,6 +56,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         OSError: The file cannot be read, or holds no labels: JPEG, which changes values, or other colours.
     """
+    check_regular(path)
     try:
         with quiet(), Image.open(path) as image:
             if image.format == "JPEG":

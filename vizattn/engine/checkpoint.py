@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from vizattn.adapters import adapter_state, attached
 from vizattn.errors import VizattnError
-from vizattn.files import replacing
+from vizattn.files import check_regular, replacing
 
 __all__ = [
     "FORMAT_VERSION",
@@ -61,7 +63,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         OSError: There is no such file, or it may not be read.
         VizattnError: Truncated, not one of ours, or of a newer format.
     """
+    check_regular(path)
     try:
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch says what it is instead
+            if damaged := archive.testzip():  # torch writes checksums and does not look at them
+                raise VizattnError(f"{damaged} in it is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

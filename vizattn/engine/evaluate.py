@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from vizattn.engine.kinds import kind_of
 from vizattn.engine.models import OWN_WEIGHTS, model_preprocessing, weights_options
 from vizattn.engine.runner import TaskRunner, distributed
 from vizattn.errors import VizattnError
-from vizattn.files import replacing, write_text
+from vizattn.files import checked_file, read_json, write_with_note
 from vizattn.heads import Segmenter
 
 __all__ = ["Trained", "as_published", "evaluate", "export", "export_whole", "load_trained", "measure"]
@@ -118,8 +117,6 @@ def export_whole(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
     note = {
         "format_version": 1,
         "model": _without_weights(model, options),
@@ -130,7 +127,8 @@ def export_whole(
         "segmenter": getattr(model, "head_config", None),
         "palette": palette,
     }
-    write_text(folder / "model.json", json.dumps(note, indent=2) + "\n")
+    weights = folder / "model.safetensors"
+    write_with_note(weights, lambda path: save_file(tensors, path), folder / "model.json", note)
 
 
 def _without_weights(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,13 +192,12 @@ def _load_bundle(folder: Path, weights: str | Path | None) -> Trained:
 
 def _load_model(folder: Path) -> Trained:
     import timm
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     import vizattn  # noqa: F401  (registers the backbones)
 
     try:
-        note = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        note = read_json(folder / "model.json")
         version = note["format_version"]
         if version > 1:
             raise VizattnError(f"{folder}/model.json has format {version}; this version of vizattn reads up to 1.")
@@ -210,15 +207,20 @@ def _load_model(folder: Path) -> Trained:
             model: nn.Module = Segmenter(backbone, **note["segmenter"])
         else:
             model = timm.create_model(options.pop("name"), num_classes=note["num_classes"], **options)
-        state = load_file(folder / "model.safetensors")
+        weights: Path | None = folder / "model.safetensors"
+        if "weights_sha256" in note:  # folders of older versions have none
+            weights = checked_file(folder / "model.safetensors", note["weights_sha256"])
+        if weights is None:
+            raise ValueError("the checksum of model.safetensors is not the one in model.json")
+        state = load_file(weights)
         config, class_names, preprocessing = note["config"], note["class_names"], note["preprocessing"]
         if not isinstance(class_names, list) or len(class_names) != note["num_classes"]:
             raise VizattnError(f"{folder}/model.json has {note['num_classes']} classes, but class_names {class_names}.")
         if not isinstance(preprocessing, dict) or not isinstance(config, dict | None):
             raise VizattnError(f"{folder}/model.json is damaged: preprocessing and config must be objects.")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, VizattnError):
-            raise
+    except VizattnError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of a model
         raise VizattnError(f"Cannot load the model in {folder}: {type(error).__name__}: {error}") from error
     load_model_state(model, state, folder)
     return Trained(model.eval(), class_names, preprocessing, config, _palette(note.get("palette"), class_names, folder))
@@ -232,7 +234,8 @@ def _palette(value: Any, class_names: list[str], where: Path) -> list[list[int]]
     """
     if value is None:
         return None
-    colours = [list(colour) if isinstance(colour, list | tuple) else [] for colour in value]
+    entries = value if isinstance(value, list | tuple) else []
+    colours = [list(colour) if isinstance(colour, list | tuple) else [] for colour in entries]
     if len(colours) != len(class_names) or not all(
         len(colour) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in colour) for colour in colours
     ):

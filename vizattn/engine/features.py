@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vizattn.engine.progress import Display, track
 from vizattn.engine.task import frozen_features_each
-from vizattn.files import replacing, write_text
+from vizattn.files import read_json, replacing, sha256_of, write_text
 
 __all__ = ["FeatureDataset", "cache_folder", "cached_features", "feature_key"]
 
@@ -102,7 +102,7 @@ def cached_features(
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
         size = len(dataset)  # type: ignore[arg-type]
         _write(temporary, _features(model, track(loader, len(loader), description, display), amp, labels), size)
-        digest = _digest(temporary)
+        digest = sha256_of(temporary)
     write_text(note, json.dumps({"sha256": digest, "labels": labels}))
     return FeatureDataset(data, labels)
 
@@ -135,21 +135,15 @@ def _open(data: Path, note: Path, logger: logging.Logger) -> FeatureDataset | No
     if not (data.exists() and note.exists()):
         return None
     try:
-        saved = json.loads(note.read_text(encoding="utf-8"))
-        if saved["sha256"] == _digest(data):
-            return FeatureDataset(data, saved["labels"])
+        saved = read_json(note)
+        if saved["sha256"] == sha256_of(data):
+            found = FeatureDataset(data, saved["labels"])
+            if len(found.features) == len(found) and all(type(label) is int for label in found.labels):
+                return found
         logger.warning("The cached features %s do not fit their checksum: computing them again.", data)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         logger.warning("The cached features %s cannot be read (%s): computing them again.", data, error)
     return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -15,7 +15,7 @@ from vizattn.engine.checkpoint import checkpoints_in, model_state, save_checkpoi
 from vizattn.engine.runner import take_from_main_process
 from vizattn.engine.seeding import seed_from
 from vizattn.errors import VizattnError
-from vizattn.files import write_text
+from vizattn.files import read_json_lines, write_text
 
 __all__ = ["CheckpointHook", "JsonLinesHook", "LossGuardHook", "SeedHook"]
 
@@ -206,12 +206,9 @@ class JsonLinesHook(Hook):
         kept = []
         if runner.iter and self.path.exists():
             # Lines written after the checkpoint that is resumed from will be written again.
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["iteration"] <= runner.iter:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue
+            for line in read_json_lines(self.path):
+                if isinstance(line.get("iteration"), int) and line["iteration"] <= runner.iter:
+                    kept.append(json.dumps(line))
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:

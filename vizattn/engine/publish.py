@@ -16,7 +16,7 @@ from vizattn.adapters import METHODS, read_bundle
 from vizattn.adapters.bundle import CONFIG_NAME, WEIGHTS_NAME
 from vizattn.engine.card import GENERATED, Subject, card
 from vizattn.errors import VizattnError
-from vizattn.files import replacing, write_text
+from vizattn.files import checked_file, replacing, write_text
 from vizattn.version import __version__
 
 __all__ = ["exported", "prepare", "upload"]
@@ -118,7 +118,8 @@ def _model(source: Path, target: Path) -> Subject:
     if not segmenter:  # in timm's layout, so that its create_model("hf-hub:...") finds everything
         options = {"model_config": {"label_names": trained.class_names}, "data_config": trained.preprocessing}
         save_for_hf(trained.model, str(target), safe_serialization=True, **options)
-    _copy(source / "model.safetensors", target / "model.safetensors")
+    weights = source / "model.safetensors"
+    _copy(checked_file(weights, note.get("weights_sha256", "")) or weights, target / "model.safetensors")
     note |= {"config": _without_paths(note["config"]), "model": _without_paths(note["model"])}
     write_text(target / "model.json", json.dumps(note, indent=2) + "\n")
     recipe = note["config"] or {}
@@ -135,7 +136,7 @@ def _model(source: Path, target: Path) -> Subject:
         licence=_licence(name),
         pretrained=recipe.get("model", {}).get("pretrained", False),
         whole=True,
-        megabytes=(source / "model.safetensors").stat().st_size / 1e6,
+        megabytes=(target / "model.safetensors").stat().st_size / 1e6,
     )
 
 

@@ -15,6 +15,7 @@ from vizattn.adapters import attached
 from vizattn.engine.charts import line_chart
 from vizattn.engine.pictures import Palette
 from vizattn.engine.report import table_html
+from vizattn.files import read_json_lines
 
 __all__ = ["Measured", "image_name", "result_rows", "sections_about", "training_section"]
 
@@ -50,8 +51,10 @@ def result_rows(result: Any) -> list[tuple[str, Any]]:
 def training_section(result: Any, metric: str, title: str) -> Section:
     """Curves of the loss, of the validation `metric`, and of the learning rate, from the run's `metrics.jsonl`."""
     path = Path(result.work_dir) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    of_training, of_validation = ([line for line in lines if key in line] for key in ("loss", "val"))
+    lines = [line for line in read_json_lines(path) if isinstance(line.get("iteration"), int)] if path.is_file() else []
+    of_training = [line for line in lines if all(isinstance(line.get(key), int | float) for key in ("loss", "lr"))]
+    measured = [line for line in lines if isinstance(line.get("val"), dict)]
+    of_validation = [line for line in measured if isinstance(line["val"].get(metric), int | float)]
     charts = [
         line_chart([(line["iteration"], line["loss"]) for line in of_training], "loss"),
         line_chart([(line["iteration"], line["val"][metric]) for line in of_validation], f"validation {title}"),

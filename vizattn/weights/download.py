@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import hashlib
 import json
 import logging
 import os
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from vizattn.errors import VizattnError
-from vizattn.files import write_text
+from vizattn.files import read_json, sha256_of, write_text
 from vizattn.version import __version__
 from vizattn.weights.progress import shown
 from vizattn.weights.reading import check_is_weights
 from vizattn.weights.trust import Trusted
 
-__all__ = ["PATIENCE", "Patience", "download", "sha256_of", "without_login"]
+__all__ = ["PATIENCE", "Patience", "download", "without_login"]
 
 logger = logging.getLogger("vizattn")
 
@@ -100,15 +99,6 @@ def without_login(url: str) -> str:
     scheme, mark, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     return scheme + mark + host.rpartition("@")[2] + slash + path
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class _Download:
@@ -266,10 +256,11 @@ class _Download:
 
         With a known hash the bytes may be of any address: the end shows whether they were right.
         """
-        note: dict[str, str] = {}
+        note: Any = None
         with contextlib.suppress(OSError, ValueError):
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-        validator = note.get("validator") if note.get("url") == without_login(self.url) else None
+            note = read_json(self.note)
+        ours = isinstance(note, dict) and note.get("url") == without_login(self.url)
+        validator = note["validator"] if ours and isinstance(note.get("validator"), str) else None
         return (self._arrived() if validator or self.trusted.sha256 else 0), validator
 
     def _remember(self, headers: Any) -> None:

@@ -13,9 +13,9 @@ import timm
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
 
 from vizattn.errors import VizattnError, unknown
-from vizattn.files import explain_disk_errors
+from vizattn.files import explain_disk_errors, sha256_of
 from vizattn.weights.convert import converted, metadata_of, save_converted, tensors_digest
-from vizattn.weights.download import Patience, download, sha256_of, without_login
+from vizattn.weights.download import Patience, download, without_login
 from vizattn.weights.hub import hub_file
 from vizattn.weights.place import cache_folder, cached_file, checked, locked
 from vizattn.weights.reading import read_weights

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vizattn.errors import VizattnError
-from vizattn.files import write_text
+from vizattn.files import read_json, write_text
 from vizattn.weights.place import cache_folder, held
 
 __all__ = ["Trusted", "lock_file", "manifest", "record", "trusted"]
@@ -60,7 +60,7 @@ def lock_file() -> Path:
 def _recorded() -> dict[str, dict[str, Any]]:
     path = lock_file()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         if not all(isinstance(entry["sha256"], str) and isinstance(entry["size"], int) for entry in entries.values()):
             raise TypeError("an entry without size or sha256")
     except FileNotFoundError:

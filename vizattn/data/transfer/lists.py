@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from vizattn.data.folder import listed, nearest_tree
 from vizattn.errors import VizattnError
+from vizattn.files import parse_json, read_text
 
 __all__ = ["Entry", "demand_apart", "demand_union", "number_labels", "read_json", "read_list"]
 
@@ -87,7 +88,7 @@ def read_json(path: Path) -> list[tuple[str, Any]]:
         return dict(pairs)
 
     try:
-        data = json.loads(_text(path), object_pairs_hook=once)
+        data = parse_json(_text(path), object_pairs_hook=once)
     except VizattnError:
         raise
     except ValueError as error:
@@ -148,7 +149,7 @@ def demand_union(whole: Sequence[Entry], parts: Sequence[Entry], path: Path) -> 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except FileNotFoundError:
         raise VizattnError(f"There is no {path}.\n{nearest_tree(str(path))}") from None
     except (OSError, UnicodeDecodeError) as error:

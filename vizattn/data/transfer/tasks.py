@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vizattn.errors import VizattnError, unknown
+from vizattn.files import read_json
 
 __all__ = ["LAYOUTS", "SPLITS", "Suite", "TransferTask", "read_suite", "select_tasks"]
 
@@ -107,7 +108,7 @@ def read_suite(path: str | Path) -> Suite:
         VizattnError: The file is no such suite; the message says where and what is allowed.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        data = read_json(Path(path))
     except OSError as error:
         raise VizattnError(f"Cannot read the suite {path}: {error.strerror or error}") from None
     except ValueError as error:

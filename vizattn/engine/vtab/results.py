@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,26 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vizattn.errors import VizattnError
+from vizattn.files import check_regular, parse_json
 
 __all__ = ["Line", "Results"]
 
 Line = dict[str, Any]
 
 _FORMAT = 1
+_NEEDED = {
+    "done": {"setting", "stage", "accuracy", "samples", "params", "seconds", "peak_memory_mb"},
+    "failed": {"setting", "stage", "reason"},
+}
+"""What a line must have if it has no checksum, which came later."""
+
+
+def _dumped(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, sort_keys=True).encode()
+
+
+def _crc(line: Mapping[str, Any]) -> int:
+    return zlib.crc32(_dumped(line))
 
 
 class Results:
@@ -54,7 +69,8 @@ class Results:
                 if line["id"] in known:
                     continue
                 known.add(line["id"])
-            text += json.dumps({"format": _FORMAT, **line}, sort_keys=True).encode() + b"\n"
+            entry = {"format": _FORMAT, **line}
+            text += _dumped({**entry, "crc": _crc(entry)}) + b"\n"
         if not text:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +95,7 @@ class Results:
         Raises:
             VizattnError: The file was written by a newer version, or it is not a file of results.
         """
+        check_regular(self.path)
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._position)
@@ -95,12 +112,17 @@ class Results:
 
     def _take(self, text: bytes) -> None:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
+            crc = line.pop("crc", None)
+            if crc is not None and crc != _crc(line):
+                raise ValueError("it is not as it was written")
             version = line["format"]
             if version > _FORMAT:
                 raise VizattnError(f"{self.path} has format {version}; this version of vizattn reads up to {_FORMAT}.")
             if line["kind"] == "run":
                 self._runs[line["id"]] = line
+            elif crc is None and not _NEEDED[line["status"]] <= {*line}:
+                raise ValueError("it lacks something")
             elif line["status"] in ("done", "failed"):
                 known = self._cells.get(line["cell"])
                 if known is None or known["status"] == "failed":
@@ -108,7 +130,7 @@ class Results:
                 self._new.append(line)
         except VizattnError:
             raise
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.torn += 1
 
     def get(self, cell: str) -> Line | None:
