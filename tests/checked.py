@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 #: Libraries that a page may show code of though this project does not depend on them.
 OTHERS = {"mmseg", "peft"}
 #: Programs whose arguments nobody here can check.
-FOREIGN = {"curl", "git", "hf", "kill", "cd", "source"}
+FOREIGN = {"cat", "cd", "curl", "git", "hf", "kill", "ls", "source"}
 
 
 def check_python(code: str, known: Mapping[str, Any], place: str) -> set[str]:
@@ -117,8 +117,8 @@ def check_commands(code: str, place: str) -> None:
         AssertionError: An unknown program, target, extra, recipe or backbone.
         VizattnError: An option of a recipe that does not exist.
     """
-    lines = (line.strip() for line in code.replace("\\\n", " ").splitlines())
-    for line in lines:
+    code = re.sub(r"<< '(\w+)'\n.*?^\1$", "", code, flags=re.M | re.S)  # what is written into a file
+    for line in (line.strip() for line in code.replace("\\\n", " ").splitlines()):
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"\w+=\S*", words[0]):  # NAME=value program ...
             words = words[1:]
@@ -164,5 +164,5 @@ def _check_vizattn(argv: list[str], where: str) -> None:
             config = load_recipe(find_recipe(recipe))
             resolve_config(apply_overrides(config, parse_overrides(args.cfg_options or [])))
         names = getattr(args, "model", None) or getattr(args, "backbone", None) or []
-        for name in [names] if isinstance(names, str) else names:
+        for name in [names] if isinstance(names, str) else filter(None, names):
             _check_backbone(name, where)

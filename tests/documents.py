@@ -6,6 +6,8 @@ A comment on the line before a block says what is special about it:
                               must parse. `make` and `pip` are never run, and need no comment.
 ``<!-- fails -->``            a `VizattnError` in Python, on the command line exit status 2
 
+``<!-- slow: REASON -->`` anywhere in a document makes running it a test marked slow; otherwise it is only checked.
+
 A block of ``text`` right after one that runs is what it prints, or the message it fails with; ``...`` stands for what
 varies, and white space does not count.
 """
@@ -65,9 +67,14 @@ def blocks_of(path: Path) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         mark, line = match["mark"] or "", text[: match.start("code")].count("\n") + 1
-        assert mark in ("", "fails") or re.match(r"not run: \w", mark), f"{path.name}, line {line}: {mark!r}"
+        assert mark in ("", "fails") or re.match(r"(not run|slow): \w", mark), f"{path.name}, line {line}: {mark!r}"
         found.append(Block(match["language"], match["code"], line, mark))
     return found
+
+
+def is_slow(path: Path) -> bool:
+    """Whether a document takes long to run."""
+    return re.search(r"^<!-- slow: \w", path.read_text(encoding="utf-8"), flags=re.MULTILINE) is not None
 
 
 class Page:
@@ -78,6 +85,11 @@ class Page:
         self.module = types.ModuleType(f"page_{path.stem}")
         self.names: set[str] = set()
         """Names of blocks that do not run, which later ones of these may use."""
+
+    def check(self) -> None:
+        """Check all blocks, as if none could run."""
+        for block in blocks_of(self.path):
+            self._check(block, f"{self.path.relative_to(ROOT)}, block at line {block.line}")
 
     def run(self) -> list[Block]:
         """Run or check all blocks, in their order; returns those that ran."""
@@ -94,11 +106,14 @@ class Page:
                 printed = None
             else:
                 printed = None
-                if block.language == "python":
-                    self.names |= check_python(block.code, {**vars(self.module), **dict.fromkeys(self.names)}, place)
-                elif block.language == "bash":
-                    check_commands(block.code, place)
+                self._check(block, place)
         return ran
+
+    def _check(self, block: Block, place: str) -> None:
+        if block.language == "python":
+            self.names |= check_python(block.code, {**vars(self.module), **dict.fromkeys(self.names)}, place)
+        elif block.language == "bash":
+            check_commands(block.code, place)
 
     def _python(self, block: Block, place: str) -> str:
         code = compile(block.code, place, "exec")

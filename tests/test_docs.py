@@ -7,16 +7,29 @@ import re
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks_of, opened
+from documents import ROOT, blocks_of, is_slow, opened
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if blocks_of(path))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[path.relative_to(DOCS).with_suffix("").as_posix() for path in PAGES])
+def rows(paths: list[Path], *marks: pytest.MarkDecorator) -> list[object]:
+    return [pytest.param(p, id=p.relative_to(DOCS).with_suffix("").as_posix(), marks=marks) for p in paths]
+
+
+FAST, SLOW = ([path for path in PAGES if is_slow(path) == wanted] for wanted in (False, True))
+
+
+@pytest.mark.parametrize("path", rows(FAST) + rows(SLOW, pytest.mark.slow))
 def test_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(path, tmp_path, monkeypatch) as page:
         page.run()
+
+
+@pytest.mark.parametrize("path", rows(SLOW))
+def test_a_page_that_takes_long_is_checked(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path, tmp_path, monkeypatch) as page:
+        page.check()
 
 
 def test_the_navigation_names_every_page() -> None:
