@@ -24,7 +24,7 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     options = ["--out", str(out), "--seeds", "1", "--sweep", "lr=0.01,0.001", "--cfg-options", "schedule.epochs=4"]
     assert main([*MINI, "linear_probe", *options]) == 0
     text = capsys.readouterr().out
-    assert "1 tasks, 1 methods with 2 settings: 3 cells" in text and "digits, linear_probe, seed 42:" in text
+    assert "Tasks: 1, methods: 1, settings: 2, cells: 3;" in text and "digits, linear_probe, seed 42:" in text
     assert "1 of 8" in text and "797" in text
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     final = next(line for line in lines if line.get("stage") == "final")
@@ -64,14 +64,14 @@ def test_results_of_images_elsewhere_are_told(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*MINI, "linear_probe", "vpt", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert "2 methods with 41 settings: 50 cells" in capsys.readouterr().out
+    assert "methods: 2, settings: 41, cells: 50;" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*MINI, "vptt"], "Did you mean 'vtab/vpt'"),
+        ([*MINI, "vptt"], "Did you mean 'vpt'"),
         (["vtab", "run", "--suite", "vtab-mimi", "--adapter", "vpt"], "Did you mean 'vtab-mini'"),
         (["vtab", "run", "--suite", "vtab-mini", "--tasks", "digit", "--adapter", "vpt"], "Did you mean 'digits'"),
         (["vtab", "run", "--adapter", "vpt", "--root", "nowhere"], "None of the tasks is here"),
@@ -116,3 +116,13 @@ def test_seeds_are_those_of_the_publication_first() -> None:
     for wrong in ("0", "-1", "1,1", "", "two"):
         with pytest.raises(VizattnError, match="--seeds takes"):
             _seeds(wrong, "--seeds")
+
+
+def test_a_task_is_missed_where_it_was_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vtab", "check", "--root", str(tmp_path), "--tasks", "caltech101"]) == 1
+    assert "caltech101" in capsys.readouterr().out
+
+
+def test_an_unknown_method_is_told_among_the_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MINI, "lora"]) == 2
+    assert "Unknown adapter 'lora'" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_suite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--suite", default="vtab-1k", help="vtab-1k, vtab-mini, fgvc, or a JSON file (default: vtab-1k)"
+        "--suite", default="vtab-1k", help="vtab-1k (default), vtab-mini, vtab-mini-skimage, fgvc, or a JSON file"
     )
     parser.add_argument("--tasks", default="all", metavar="NAME,...", help="tasks or groups (default: all)")
     parser.add_argument("--root", metavar="DIR", help="the folder with the tasks' folders")
@@ -168,7 +168,7 @@ def _run(args: argparse.Namespace) -> int:
     count = total(study)
     settings = sum(len(method.grid) for method in study.methods)
     console.print(
-        f"{len(study.tasks)} tasks, {len(study.methods)} methods with {settings} settings: {count} cells; "
+        f"Tasks: {len(study.tasks)}, methods: {len(study.methods)}, settings: {settings}, cells: {count}; "
         f"results in {folder / 'results.jsonl'}",
         soft_wrap=True,
     )
@@ -304,7 +304,8 @@ def _check(args: argparse.Namespace) -> int:
         found = check(args.suite, args.root, args.tasks, decode=not args.no_decode, progress=_shown(bar))
     console = Console(highlight=False) if Console().is_terminal else Console(width=140, highlight=False)
     console.print(render(found))
-    return 1 if any(task.errors for task in found) else 0
+    asked = args.tasks.split(",")  # a task that is not there is a mistake where it was named
+    return 1 if any(task.errors or (task.missing and task.task in asked) for task in found) else 0
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -72,6 +72,7 @@ def quiet() -> Iterator[None]:
                 _quiet.pop().__exit__()
 
 
+@quiet()
 def load_rgb(
     path: str | os.PathLike[str] | BinaryIO,
     upright: bool = True,
@@ -98,17 +99,6 @@ def load_rgb(
     Raises:
         OSError: The file cannot be read or decoded.
     """
-    with quiet():
-        return _decode(path, upright, least_side, max_pixels, formats)
-
-
-def _decode(
-    path: str | os.PathLike[str] | BinaryIO,
-    upright: bool = True,
-    least_side: int | None = None,
-    max_pixels: int | None = None,
-    formats: tuple[str, ...] | None = None,
-) -> Image.Image:
     try:
         with Image.open(path, formats=formats) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
@@ -122,9 +112,7 @@ def _decode(
             return rgb
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders raise all kinds: SyntaxError, ValueError, struct.error, DecompressionBombError
+    except Exception as error:  # decoders raise all kinds: SyntaxError, struct.error, DecompressionBombError
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -190,7 +178,7 @@ def _problem(path: str, size: int, mtime_ns: int, whole: bool) -> str | None:
                 file.seek(max(0, size - 64))
                 whole = ending is None or ending not in file.read()
         if whole:
-            _decode(path)
+            load_rgb(path)
     except Image.UnidentifiedImageError:
         return "not an image file"
     except Exception as error:

@@ -15,13 +15,15 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from vizattn.adapters import METHODS
 from vizattn.data.transfer import TransferTask, get_suite
 from vizattn.engine.config import apply_overrides, parse_overrides, resolve_config
 from vizattn.engine.recipes import find_recipe, load_recipe, recipe_name
 from vizattn.engine.vtab.results import Line, Results
-from vizattn.errors import VizattnError
+from vizattn.errors import VizattnError, unknown
 
 __all__ = [
     "PUBLISHED_SEEDS",
@@ -119,12 +121,14 @@ def load_method(
         sweep: As `parse_sweep` takes it; None for the recipe's own grid.
 
     Raises:
-        VizattnError: There is no such recipe, or a wrong option.
+        VizattnError: There is no such adapter or recipe, or a wrong option.
     """
     packaged = f"vtab/mini_{name}" if suite.startswith("vtab-mini") else f"vtab/{name}"
     try:
         path = find_recipe(packaged)
     except VizattnError:
+        if "/" not in name and name not in METHODS and not Path(name).suffix:
+            raise unknown("adapter", name, METHODS, "vizattn list --adapters") from None
         path = find_recipe(name)
     recipe = load_recipe(path)
     grid = recipe.pop("sweep", None) or {}
