@@ -71,7 +71,7 @@ class Stage:
         """Variables of a command: nothing of this machine's caches, no hub, weights from our server."""
         return {
             "PATH": os.environ.get("PATH", ""),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
             "VIZATTN_HOME": str(home / "home"),
             "VIZATTN_MIRROR": self.server.url,
             "HF_HUB_OFFLINE": "1",

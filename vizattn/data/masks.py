@@ -143,6 +143,7 @@ def check_labels(classes: np.ndarray, num_classes: int, path: str) -> np.ndarray
 def palette_of(path: str, count: int) -> list[tuple[int, int, int]] | None:
     """The first `count` colours of a palette image; None for others, and where colours are missing, equal or grey."""
     try:
+        check_regular(path)
         with Image.open(path) as image:
             values = image.getpalette("RGB") if image.mode == "P" else None
     except Exception:

@@ -103,7 +103,7 @@ def cached_features(
         size = len(dataset)  # type: ignore[arg-type]
         _write(temporary, _features(model, track(loader, len(loader), description, display), amp, labels), size)
         digest = sha256_of(temporary)
-    write_text(note, json.dumps({"sha256": digest, "labels": labels}))
+    write_text(note, json.dumps({"sha256": digest, "labels": labels, "labels_sha256": _digest(labels)}))
     return FeatureDataset(data, labels)
 
 
@@ -131,15 +131,17 @@ def _write(path: Path, batches: Iterator[np.ndarray], size: int) -> None:
             rows += len(batch)
 
 
+def _digest(labels: list[int]) -> str:
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+
+
 def _open(data: Path, note: Path, logger: logging.Logger) -> FeatureDataset | None:
     if not (data.exists() and note.exists()):
         return None
     try:
         saved = read_json(note)
-        if saved["sha256"] == sha256_of(data):
-            found = FeatureDataset(data, saved["labels"])
-            if len(found.features) == len(found) and all(type(label) is int for label in found.labels):
-                return found
+        if (saved["sha256"], saved["labels_sha256"]) == (sha256_of(data), _digest(saved["labels"])):
+            return FeatureDataset(data, saved["labels"])
         logger.warning("The cached features %s do not fit their checksum: computing them again.", data)
     except (ValueError, KeyError, TypeError, OSError) as error:
         logger.warning("The cached features %s cannot be read (%s): computing them again.", data, error)

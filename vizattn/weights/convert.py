@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg, model_entrypoint
 from torch import Tensor, nn
 
 from vizattn.errors import VizattnError
-from vizattn.files import replacing
+from vizattn.files import check_regular, replacing
 
 __all__ = [
     "FORMAT_VERSION",
@@ -176,6 +176,7 @@ def metadata_of(path: Path) -> dict[str, str] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
     except (OSError, SafetensorError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vizattn.errors import VizattnError
+from vizattn.files import check_regular
 
 __all__ = ["check_is_weights", "read_weights"]
 
@@ -33,6 +34,7 @@ def check_is_weights(path: Path) -> str:
         VizattnError: It is something else, such as the page of a login.
         OSError: There is no such file.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if kind := _kind(head):

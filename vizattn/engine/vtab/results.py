@@ -24,11 +24,10 @@ __all__ = ["Line", "Results"]
 Line = dict[str, Any]
 
 _FORMAT = 1
-_NEEDED = {
-    "done": {"setting", "stage", "accuracy", "samples", "params", "seconds", "peak_memory_mb"},
-    "failed": {"setting", "stage", "reason"},
-}
-"""What a line must have if it has no checksum, which came later."""
+_RUN = {"id": str, "versions": dict, "command": str, "weights": str, "preprocessing": dict}
+_CELL = dict.fromkeys(("cell", "suite", "task", "backbone", "method", "row", "stage"), str) | {"setting": dict}
+_FAILED = {**_CELL, "time": float, "reason": str}
+_DONE = {**_CELL, "accuracy": float, "samples": int, "params": dict, "seconds": float, "peak_memory_mb": float}
 
 
 def _dumped(line: Mapping[str, Any]) -> bytes:
@@ -37,6 +36,21 @@ def _dumped(line: Mapping[str, Any]) -> bytes:
 
 def _crc(line: Mapping[str, Any]) -> int:
     return zlib.crc32(_dumped(line))
+
+
+def _check(line: Line) -> None:
+    """See that tables can be made of a line without a checksum.
+
+    Raises:
+        KeyError, TypeError: They cannot.
+    """
+    needed = _RUN if line["kind"] == "run" else _DONE if line["status"] == "done" else _FAILED
+    values = [(line[name], kind) for name, kind in needed.items()]
+    if needed is _DONE:
+        values += [(line["params"][which], int) for which in ("with_head", "without_head")]
+    for value, kind in values:
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}")
 
 
 class Results:
@@ -119,10 +133,10 @@ class Results:
             version = line["format"]
             if version > _FORMAT:
                 raise VizattnError(f"{self.path} has format {version}; this version of vizattn reads up to {_FORMAT}.")
+            if crc is None:  # of an older version, or by hand
+                _check(line)
             if line["kind"] == "run":
                 self._runs[line["id"]] = line
-            elif crc is None and not _NEEDED[line["status"]] <= {*line}:
-                raise ValueError("it lacks something")
             elif line["status"] in ("done", "failed"):
                 known = self._cells.get(line["cell"])
                 if known is None or known["status"] == "failed":
