@@ -98,7 +98,10 @@ def _check_call(node: ast.Call, function: Any, place: str) -> None:
     elif function is vizattn.attach and len(literals) > 1 and isinstance(literals[1], str):
         make_options(literals[1], {k: ast.literal_eval(v) for k, v in keywords.items() if k != "keep_original"})
     elif callable(function):
-        parameters = inspect.signature(function).parameters.values()
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:  # written in C
+            return
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             odd = set(keywords) - {p.name for p in parameters}
             assert not odd, f"{place}: {function.__name__} has no argument {', '.join(sorted(odd))}"
