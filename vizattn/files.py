@@ -25,6 +25,7 @@ __all__ = [
     "read_text",
     "replacing",
     "sha256_of",
+    "told_in_words",
     "write_text",
     "write_with_note",
 ]
@@ -72,6 +73,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def told_in_words(path: Path) -> Iterator[None]:
+    """Makes an OSError again of what safetensors and torch say when `path` cannot be written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        code = errno.ENOSPC if "space" in str(error) else errno.EIO
+        raise OSError(code, str(error), str(path)) from error
 
 
 def sha256_of(path: Path) -> str:

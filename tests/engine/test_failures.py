@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -76,12 +76,12 @@ def test_a_full_disk_keeps_the_whole_checkpoints(
 ) -> None:
     save, saved = torch.save, []
 
-    def full(state: Any, path: Path) -> None:
-        saved.append(path)
+    def full(state: Any, file: BinaryIO) -> None:
+        saved.append(file)
         if len(saved) > 3:
-            Path(path).write_bytes(b"half")
-            raise OSError(code, os.strerror(code), str(path))
-        save(state, path)
+            file.write(b"half")
+            raise OSError(code, os.strerror(code), file.name)
+        save(state, file)
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(VizattnError, match=os.strerror(code)):
@@ -92,19 +92,14 @@ def test_a_full_disk_keeps_the_whole_checkpoints(
     assert all(read_checkpoint(file)["format_version"] == 1 for file in files)
 
 
-def test_torch_tells_a_full_disk_by_a_runtime_error() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.save({"x": torch.zeros(100_000)}, "/dev/full")
-    assert any(word in str(caught.value) for word in ("PytorchStreamWriter", "inline_container"))
-
-
-def test_a_checkpoint_on_a_full_device_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [1, 2_000, 100_000])
+def test_a_checkpoint_on_a_full_device_is_an_os_error(tmp_path: Path, numbers: int) -> None:
     path = tmp_path / "iter_00000001.pth"
     path.write_text("before")
     temporary = tmp_path / f".{path.name}.{os.getpid()}.tmp"
     temporary.symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left"):
-        save_checkpoint(path, {"x": torch.zeros(100_000)})
+        save_checkpoint(path, {"x": torch.zeros(numbers)})
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -44,7 +44,7 @@ class Running:
         *,
         launcher: Sequence[str] = ("-m", "vizattn"),
         faults: Mapping[str, str] | None = None,
-        unprivileged: bool = False,
+        log: Path | None = None,
     ) -> None:
         """Start it in `folder`.
 
@@ -54,9 +54,9 @@ class Running:
             env: Beside the variables of this process.
             launcher: Other words between python and the arguments.
             faults: Variables for the shim, without ``FAULT_``.
-            unprivileged: Not as root, whom no permission stops.
+            log: The folder for its output, by default the one it runs in.
         """
-        self.log = folder / f".output-{time.monotonic_ns()}"
+        self.log = (log or folder) / f".output-{time.monotonic_ns()}"
         asked = {f"FAULT_{name}": value for name, value in (faults or {}).items()}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **env, **asked}
         environment["COLUMNS"] = "200"
@@ -64,18 +64,15 @@ class Running:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SHIM), environment.get("PYTHONPATH")]))
 
         self.start = time.monotonic()
-        with open(self.log, "wb") as log:
+        with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *args],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                user=65534 if unprivileged else None,
-                group=65534 if unprivileged else None,
-                extra_groups=() if unprivileged else None,
             )
 
     def kill(self, whole: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import files, kills
+from faults import disks, files, kills
 from faults.campaign import Case
 
 __all__ = ["all_cases"]
@@ -10,4 +10,4 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """Every case, the kinds in turn."""
-    return [*kills.CASES, *files.CASES]
+    return [*kills.CASES, *disks.CASES, *files.CASES]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import zipfile
 from collections.abc import Mapping
@@ -46,14 +45,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: The disk is full or read-only; what was at `path` before is unchanged.
     """
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(dict(state), temporary)
-        except RuntimeError as error:
-            # torch tells a failed write by a RuntimeError of its archive writer.
-            if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "Parent directory")):
-                raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
-            raise
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # of its archive writer, after an error of the file's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vizattn.engine.kinds import kind_of
 from vizattn.engine.models import OWN_WEIGHTS, model_preprocessing, weights_options
 from vizattn.engine.runner import TaskRunner, distributed
 from vizattn.errors import VizattnError
-from vizattn.files import checked_file, read_json, write_with_note
+from vizattn.files import checked_file, read_json, told_in_words, write_with_note
 from vizattn.heads import Segmenter
 
 __all__ = ["Trained", "as_published", "evaluate", "export", "export_whole", "load_trained", "measure"]
@@ -128,7 +128,8 @@ def export_whole(
         "palette": palette,
     }
     weights = folder / "model.safetensors"
-    write_with_note(weights, lambda path: save_file(tensors, path), folder / "model.json", note)
+    with told_in_words(weights):
+        write_with_note(weights, lambda path: save_file(tensors, path), folder / "model.json", note)
 
 
 def _without_weights(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:

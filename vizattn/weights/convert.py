@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from timm.models import PretrainedCfg, model_entrypoint
 from torch import Tensor, nn
 
 from vizattn.errors import VizattnError
-from vizattn.files import check_regular, replacing
+from vizattn.files import check_regular, replacing, told_in_words
 
 __all__ = [
     "FORMAT_VERSION",
@@ -126,25 +124,13 @@ def save_released(checkpoint: dict[str, Any], path: Path) -> None:
     def plain(value: Any) -> Any:
         return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value.contiguous().clone()
 
-    with replacing(path) as temporary, _disk_errors(path):
+    with replacing(path) as temporary, told_in_words(path):
         if path.suffix == ".safetensors":
             save_file(plain(checkpoint), temporary, metadata={"format": "pt"})
         else:
             buffer = io.BytesIO()  # torch hides why it cannot write to a file
             torch.save(plain(checkpoint), buffer)
             temporary.write_bytes(buffer.getbuffer())
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Both libraries tell the disk's errors in words."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        code = errno.ENOSPC if "space" in str(error) else errno.EIO
-        raise OSError(code, str(error), str(path)) from error
 
 
 def tensors_digest(state: Mapping[str, Tensor]) -> str:
@@ -167,7 +153,7 @@ def save_converted(state: dict[str, Tensor], path: Path, **metadata: str) -> Non
 
     notes = {"format": "pt", "format_version": str(FORMAT_VERSION), "tensors_sha256": tensors_digest(state), **metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, _disk_errors(path):
+    with replacing(path) as temporary, told_in_words(path):
         save_file(state, temporary, metadata=notes)
 
 

@@ -2,8 +2,9 @@
 
 FAULT_FOLDER: the folder whose files matter. FAULT_COUNT: a file that gets a line for each change of them, the time: any
 opening to write, renaming or removing. FAULT_KILL_AT: the number of the change before which the process kills itself.
-FAULT_WRITE: by this many bytes in one file the process is killed in the middle of writing it. FAULT_CLOCK: a seed; by
-it time.time() jumps by years, days and seconds, to and fro.
+FAULT_WRITE: by this many bytes in one file the process is killed in the middle of writing it. FAULT_SIZE: no file may
+be larger, which is an error as on a full disk. FAULT_CLOCK: a seed; by it time.time() jumps by years, days and seconds,
+to and fro.
 """
 
 import os
@@ -63,5 +64,9 @@ if "FAULT_WRITE" in os.environ:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ignored by Python: it would be an error instead of the end
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_WRITE"]),) * 2)
+if "FAULT_SIZE" in os.environ:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_SIZE"]),) * 2)
 if "FAULT_CLOCK" in os.environ:
     _jump(int(os.environ["FAULT_CLOCK"]))

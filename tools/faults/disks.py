@@ -1,0 +1,195 @@
+"""Full disks, read-only folders: told in one message, whole files stay, and the command succeeds when there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from faults.campaign import Case, Trial
+from faults.command import misbehaviour, vizattn
+from faults.commands import (
+    ATTEND,
+    AVERAGE,
+    EVAL,
+    EXPORT,
+    FETCH,
+    MASKS,
+    PREDICT,
+    STUDY,
+    STUDY_2,
+    TRAIN,
+    Command,
+    difference,
+    undisturbed,
+)
+
+__all__ = ["CASES"]
+
+SLACK = 64 << 10
+"""Bytes that the file system takes for itself."""
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, size: int) -> Iterator[None]:
+    """A disk of `size` bytes at `folder`. Raises an OSError where we may not mount."""
+    _mount("-t", "tmpfs", "-o", f"size={size},mode=777", "faults", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+def _mount(*args: str) -> None:
+    done = subprocess.run(["mount", *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"mount {' '.join(args)}: {done.stderr.strip()}")
+
+
+def may_mount() -> bool:
+    """Whether disks can be mounted here: by root, outside of most containers."""
+    return os.geteuid() == 0 and subprocess.run(["mount", "--version"], capture_output=True).returncode == 0
+
+
+def _full(command: Command) -> Callable[[Trial], Iterator[str | None]]:
+    """The folder that is written to is a disk with too little room, from nearly none to nearly enough."""
+
+    def run(trial: Trial) -> Iterator[str | None]:
+        usual, fixtures = undisturbed(trial.stage, command), trial.stage.fixtures
+        place = trial.folder / "disk"
+        place.mkdir()
+        size = SLACK + round(trial.random.random() ** 2 * usual.size)
+        args, env, told = command.args(fixtures), trial.stage.env(place), f"{size:,} of {usual.size:,} bytes"
+        env["MPLCONFIGDIR"] = str(place / "matplotlib")
+        if not may_mount():
+            # The largest file that may be written, instead of the room for all.
+            command.old(fixtures, place / "out")
+            size = max(1, round(trial.random.random() ** 2 * usual.largest))
+            told = f"{size:,} bytes in a file"
+            yield from _starved(trial, command, place, args, env | {"FAULT_SIZE": str(size)}, env, told)
+            return
+        with _mounted(place, max(size, 1 << 20) * 4):
+            command.old(fixtures, place / "out")
+            used = sum(path.stat().st_size + 4096 for path in place.rglob("*"))
+            _mount("-o", f"remount,size={used + size}", str(place))
+            yield from _starved(trial, command, place, args, env, env, told, room=str(place))
+
+    return run
+
+
+def _starved(
+    trial: Trial,
+    command: Command,
+    place: Path,
+    args: list[str],
+    starved: dict[str, str],
+    env: dict[str, str],
+    told: str,
+    room: str | None = None,
+) -> Iterator[str | None]:
+    usual = undisturbed(trial.stage, command)
+    faults = {"FOLDER": str(place)} | ({"SIZE": starved.pop("FAULT_SIZE")} if "FAULT_SIZE" in starved else {})
+    ended = vizattn(args, place, starved, faults=faults, log=trial.folder)
+    problem = misbehaviour(ended) or _unsaid(ended.status, ended.output) or _half(command, usual.old, usual.new, place)
+    if room is not None:
+        _mount("-o", "remount,rw,size=1g", room)
+    again = [*args, *command.go_on]
+    if not problem and ended.status == 0:
+        problem = _other(command, usual.new, place)
+    elif not problem:
+        ended = vizattn(again, place, env, log=trial.folder)
+        problem = misbehaviour(ended, allowed=(0,)) or _other(command, usual.new, place)
+        problem = f"with room again: {problem}" if problem else None
+    yield f"{told}: {problem}" if problem else None
+
+
+def _unsaid(status: int, output: str) -> str | None:
+    words = ("No space left", "Read-only", "File too large", "Permission denied", "not permitted", "cannot be written")
+    if status and not any(word in output for word in words):
+        return f"the message does not say what is wrong with the disk: {output.strip()[-400:]}"
+    return None
+
+
+def _half(command: Command, old: dict[str, str], new: dict[str, str], place: Path) -> str | None:
+    try:
+        parts = command.parts(place / "out")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    half = [name for name, value in parts.items() if value not in (old.get(name), new.get(name))]
+    half += [name for name in old if name not in parts and name in new]
+    return f"neither as before nor as it shall be: {', '.join(half)}" if half else None
+
+
+def _other(command: Command, new: dict[str, str], place: Path) -> str | None:
+    try:
+        return difference(command.parts(place / "out"), new)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _read_only(command: Command) -> Callable[[Trial], Iterator[str | None]]:
+    """The folder that is written to, and all that is in it, cannot be written."""
+
+    def run(trial: Trial) -> Iterator[str | None]:
+        usual, fixtures = undisturbed(trial.stage, command), trial.stage.fixtures
+        place = trial.folder / "disk"
+        place.mkdir()
+        args, env = command.args(fixtures), trial.stage.env(place)
+        with contextlib.ExitStack() as stack:
+            if may_mount():
+                stack.enter_context(_mounted(place, 64 << 20))
+            (place / "out").mkdir(exist_ok=True)
+            if usual.old:
+                (place / "out").rmdir()
+                command.old(fixtures, place / "out")
+            if may_mount():
+                _mount("-o", "remount,ro", str(place))
+            else:
+                place.chmod(0o555)
+                (place / "out").chmod(0o555)
+            ended = vizattn(args, place, env, log=trial.folder)
+            problem = misbehaviour(ended, allowed=(0,) if command is EVAL else (2,))
+            problem = problem or _unsaid(ended.status, ended.output) or _half(command, usual.old, usual.new, place)
+            if not may_mount():
+                place.chmod(0o755)
+                (place / "out").chmod(0o755)
+            yield f"read-only: {problem}" if problem else None
+
+    return run
+
+
+def _no_home(command: Command) -> Callable[[Trial], Iterator[str | None]]:
+    """Home, caches and /tmp cannot be written, as in some containers; the folder of the results can."""
+
+    def run(trial: Trial) -> Iterator[str | None]:
+        usual, fixtures = undisturbed(trial.stage, command), trial.stage.fixtures
+        barred = trial.folder / "barred"
+        barred.mkdir()
+        command.old(fixtures, trial.folder / "out")
+        with contextlib.ExitStack() as stack:
+            if may_mount():
+                stack.enter_context(_mounted(barred, 1 << 16))
+                _mount("-o", "remount,ro", str(barred))
+            else:
+                barred.chmod(0o555)
+            names = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "HF_HOME", "VIZATTN_HOME", "TMPDIR")
+            env = trial.stage.env(trial.folder) | {name: str(barred) for name in (*names, "MPLCONFIGDIR")}
+            ended = vizattn(command.args(fixtures), trial.folder, env)
+            problem = misbehaviour(ended)
+            if not problem and ended.status == 0:
+                problem = _other(command, usual.new, trial.folder)
+            elif not problem:
+                problem = _unsaid(ended.status, ended.output)
+            yield f"home and /tmp are read-only: {problem}" if problem else None
+
+    return run
+
+
+_WRITERS = (TRAIN, FETCH, PREDICT, MASKS, ATTEND, EXPORT, AVERAGE, STUDY)
+CASES = [
+    *(Case("disks", f"{command.name}, full", _full(command)) for command in (*_WRITERS, STUDY_2)),
+    *(Case("disks", f"{command.name}, read-only", _read_only(command)) for command in (*_WRITERS, EVAL)),
+    *(Case("disks", f"{command.name}, no home", _no_home(command)) for command in (TRAIN, EVAL, STUDY, EXPORT)),
+]
