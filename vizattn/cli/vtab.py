@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,15 @@ def _seeds(text: str, option: str) -> list[int]:
     return [*PUBLISHED_SEEDS, *(next(further) for _ in range(max(0, numbers[0] - 5)))][: numbers[0]]
 
 
+def _failures(folder: Path) -> frozenset[tuple[str, float]]:
+    """Cells that failed so far, and when."""
+    from vizattn.engine.vtab.results import Results
+
+    results = Results(folder)
+    results.read()
+    return frozenset((line["cell"], line["time"]) for line in results.cells() if line["status"] == "failed")
+
+
 def study_of(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
     """The study that the arguments of `vtab run` describe, and why tasks were left out of it."""
     from vizattn.data.transfer import available, get_suite, select_tasks
@@ -138,7 +146,7 @@ def study_of(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
         sweep_seeds=_seeds(args.sweep_seeds, "--sweep-seeds"),
         device=args.device,
         cached=not args.no_cache,
-        retry_before=time.time() if args.retry_failed else 0.0,
+        retry=_failures(Path(args.out)) if args.retry_failed else frozenset(),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
     for method in methods:  # a mistake in an option shows here, before anything is computed

@@ -259,7 +259,8 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(
     assert set(finals) == {"near", "far"} and finals["near"] == {"optimizer.lr": 1e-3}
 
     monkeypatch.setattr(cells, "train", real)
-    retried = study(*chosen.methods, seeds=[1], retry_before=2e12)
+    assert [*_ready(chosen, tmp_path)] == []
+    retried = study(*chosen.methods, seeds=[1], retry=frozenset([(failed[0]["cell"], failed[0]["time"])]))
     assert [len(unit.cells) for unit in _ready(retried, tmp_path)] == [1]
 
 

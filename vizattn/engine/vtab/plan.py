@@ -79,8 +79,11 @@ class Study:
     sweep_seeds: list[int]
     device: str | None = None
     cached: bool = True
-    retry_before: float = 0.0
-    """Cells that failed before this time, in seconds since 1970, are computed again."""
+    retry: frozenset[tuple[str, float]] = frozenset()
+    """Cells that are computed again although they failed, each with the time that its line gives to the failure.
+
+    Not all from before a certain time, since a clock may be set back.
+    """
     command: str = ""
     _cells: dict[Any, Cell] = field(default_factory=dict, repr=False, compare=False)
 
@@ -225,7 +228,7 @@ def cells_of(study: Study, method: Method, task: TransferTask, results: Results)
 
 def _pending(cell: Cell, results: Results, study: Study) -> bool:
     line = results.get(cell.key)
-    return line is None or (line["status"] == "failed" and line["time"] < study.retry_before)
+    return line is None or (line["status"] == "failed" and (cell.key, line["time"]) in study.retry)
 
 
 def selected(cells: Sequence[Cell], results: Results) -> Setting | None:
