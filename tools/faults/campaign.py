@@ -7,8 +7,8 @@ import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def run_campaign(
             for number in range(rounds)
             for case in cases
         }
-        for future in as_completed(running):
+        for future in _ended(running, pool):
             case, found = running[future], future.result()
             tally = tallies[case.kind, case.name]
             tally.tried += found.tried
@@ -81,6 +81,15 @@ def run_campaign(
     if not any(tally.lost for tally in tallies.values()) or not keep:
         remove(root)
     return [*tallies.values()]
+
+
+def _ended(running: Iterable[Future[Tally]], pool: ThreadPoolExecutor) -> Iterator[Future[Tally]]:
+    """As they end; after an interruption no further one is begun."""
+    try:
+        yield from as_completed(running)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _one_round(case: Case, seed: int, number: int, root: Path, stage: Stage, keep: bool) -> Tally:

@@ -14,7 +14,7 @@ from faults.command import misbehaviour, vizattn
 from faults.fixtures import RELEASE
 from faults.stage import Stage
 
-__all__ = ["COMMANDS", "Command", "Parts", "Undisturbed", "difference", "undisturbed"]
+__all__ = ["COMMANDS", "Command", "Parts", "Undisturbed", "differs", "half", "undisturbed"]
 
 Parts = dict[str, str]
 """What is in a folder: the name of each part that must be whole, and what it holds, as a hash or a number."""
@@ -33,6 +33,8 @@ class Command:
     """Puts there what an earlier command left; given the fixtures and ``out``."""
     go_on: tuple[str, ...] = ()
     """Arguments that make it go on after an interruption."""
+    launcher: tuple[str, ...] = ("-m", "vizattn")
+    """Words between python and the arguments."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _measure(stage: Stage, command: Command) -> Undisturbed:
     command.old(fixtures, out)
     old, count = command.parts(out), folder / "changes"
     faults = {"FOLDER": str(folder), "COUNT": str(count)}
-    ended = vizattn(command.args(fixtures), folder, stage.env(folder), faults=faults)
+    ended = vizattn(command.args(fixtures), folder, stage.env(folder), faults=faults, launcher=command.launcher)
     if problem := misbehaviour(ended, allowed=(0,)):
         raise RuntimeError(problem)
     moments = [float(line) for line in count.read_text().splitlines()] if count.exists() else []
@@ -76,6 +78,25 @@ def difference(found: Parts, wanted: Parts) -> str | None:
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     shown = [f"{name} is {found.get(name, 'missing')} instead of {wanted.get(name, 'missing')}" for name in names]
     return "; ".join(shown[:3]) if shown else None
+
+
+def differs(command: Command, folder: Path, wanted: Parts) -> str | None:
+    """Which parts of ``out`` in `folder` are not as they shall be, or not whole."""
+    try:
+        return difference(command.parts(folder / "out"), wanted)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def half(command: Command, folder: Path, usual: Undisturbed) -> str | None:
+    """Which parts of ``out`` in `folder` are neither as before nor as they shall be."""
+    try:
+        parts = command.parts(folder / "out")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = [name for name, value in parts.items() if value not in (usual.old.get(name), usual.new.get(name))]
+    found += [name for name in usual.old if name not in parts and name in usual.new]
+    return f"neither as before nor as it shall be: {', '.join(found)}" if found else None
 
 
 def digest(data: bytes) -> str:

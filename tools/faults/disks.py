@@ -22,7 +22,8 @@ from faults.commands import (
     STUDY_2,
     TRAIN,
     Command,
-    difference,
+    differs,
+    half,
     undisturbed,
 )
 
@@ -92,15 +93,15 @@ def _starved(
     usual = undisturbed(trial.stage, command)
     faults = {"FOLDER": str(place)} | ({"SIZE": starved.pop("FAULT_SIZE")} if "FAULT_SIZE" in starved else {})
     ended = vizattn(args, place, starved, faults=faults, log=trial.folder)
-    problem = misbehaviour(ended) or _unsaid(ended.status, ended.output) or _half(command, usual.old, usual.new, place)
+    problem = misbehaviour(ended) or _unsaid(ended.status, ended.output) or half(command, place, usual)
     if room is not None:
         _mount("-o", "remount,rw,size=1g", room)
     again = [*args, *command.go_on]
     if not problem and ended.status == 0:
-        problem = _other(command, usual.new, place)
+        problem = differs(command, place, usual.new)
     elif not problem:
         ended = vizattn(again, place, env, log=trial.folder)
-        problem = misbehaviour(ended, allowed=(0,)) or _other(command, usual.new, place)
+        problem = misbehaviour(ended, allowed=(0,)) or differs(command, place, usual.new)
         problem = f"with room again: {problem}" if problem else None
     yield f"{told}: {problem}" if problem else None
 
@@ -110,23 +111,6 @@ def _unsaid(status: int, output: str) -> str | None:
     if status and not any(word in output for word in words):
         return f"the message does not say what is wrong with the disk: {output.strip()[-400:]}"
     return None
-
-
-def _half(command: Command, old: dict[str, str], new: dict[str, str], place: Path) -> str | None:
-    try:
-        parts = command.parts(place / "out")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    half = [name for name, value in parts.items() if value not in (old.get(name), new.get(name))]
-    half += [name for name in old if name not in parts and name in new]
-    return f"neither as before nor as it shall be: {', '.join(half)}" if half else None
-
-
-def _other(command: Command, new: dict[str, str], place: Path) -> str | None:
-    try:
-        return difference(command.parts(place / "out"), new)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def _read_only(command: Command) -> Callable[[Trial], Iterator[str | None]]:
@@ -151,7 +135,7 @@ def _read_only(command: Command) -> Callable[[Trial], Iterator[str | None]]:
                 (place / "out").chmod(0o555)
             ended = vizattn(args, place, env, log=trial.folder)
             problem = misbehaviour(ended, allowed=(0,) if command is EVAL else (2,))
-            problem = problem or _unsaid(ended.status, ended.output) or _half(command, usual.old, usual.new, place)
+            problem = problem or _unsaid(ended.status, ended.output) or half(command, place, usual)
             if not may_mount():
                 place.chmod(0o755)
                 (place / "out").chmod(0o755)
@@ -179,7 +163,7 @@ def _no_home(command: Command) -> Callable[[Trial], Iterator[str | None]]:
             ended = vizattn(command.args(fixtures), trial.folder, env)
             problem = misbehaviour(ended)
             if not problem and ended.status == 0:
-                problem = _other(command, usual.new, trial.folder)
+                problem = differs(command, trial.folder, usual.new)
             elif not problem:
                 problem = _unsaid(ended.status, ended.output)
             yield f"home and /tmp are read-only: {problem}" if problem else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from faults.campaign import Case, Trial
 from faults.command import Running, misbehaviour, vizattn
-from faults.commands import COMMANDS, EVAL, STUDY, STUDY_2, TRAIN, Command, Undisturbed, difference, undisturbed
+from faults.commands import COMMANDS, EVAL, STUDY, STUDY_2, TRAIN, Command, Undisturbed, differs, half, undisturbed
 
 __all__ = ["CASES"]
 
@@ -69,31 +69,13 @@ def _kill(command: Command) -> Callable[[Trial], Iterator[str | None]]:
                 yield str(error)
                 return
             args = [*command.args(fixtures), *command.go_on]
-            problem = _half(command, usual, trial)
+            problem = half(command, trial.folder, usual)
             if not left:
                 ended = vizattn(args, trial.folder, home)
-                problem = problem or misbehaviour(ended, allowed=(0,)) or _differs(command, usual, trial)
+                problem = problem or misbehaviour(ended, allowed=(0,)) or differs(command, trial.folder, usual.new)
             yield f"killed {', '.join(told)}: {problem}" if problem else None
 
     return run
-
-
-def _half(command: Command, usual: Undisturbed, trial: Trial) -> str | None:
-    """What is half there after a kill, if anything is."""
-    try:
-        parts = command.parts(trial.folder / "out")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    half = [name for name, value in parts.items() if value not in (usual.old.get(name), usual.new.get(name))]
-    gone = [name for name in usual.old if name not in parts and name in usual.new]
-    return f"neither as before nor as it shall be: {', '.join(half + gone)}" if half or gone else None
-
-
-def _differs(command: Command, usual: Undisturbed, trial: Trial) -> str | None:
-    try:
-        return difference(command.parts(trial.folder / "out"), usual.new)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 CASES = [Case("kills", command.name, _kill(command)) for command in COMMANDS]

@@ -1,10 +1,12 @@
 """In every Python process of a case, by PYTHONPATH: dies or lets the clock jump at the moment that FAULT_* says.
 
-FAULT_FOLDER: the folder whose files matter. FAULT_COUNT: a file that gets a line for each change of them, the time: any
-opening to write, renaming or removing. FAULT_KILL_AT: the number of the change before which the process kills itself.
-FAULT_WRITE: by this many bytes in one file the process is killed in the middle of writing it. FAULT_SIZE: no file may
-be larger, which is an error as on a full disk. FAULT_CLOCK: a seed; by it time.time() jumps by years, days and seconds,
-to and fro.
+FAULT_FOLDER: the folder whose files matter.
+FAULT_COUNT: a file that gets a line for each change of them, the time: any opening to write, renaming or removing.
+FAULT_KILL_AT: the number of the change before which the process kills itself.
+FAULT_WRITE: by this many bytes in one file the process is killed in the middle of writing it.
+FAULT_SIZE: no file may be larger, which is an error as on a full disk.
+FAULT_MEMORY: bytes of address space for the process.
+FAULT_CLOCK: a seed; by it time.time() jumps by years, days and seconds, to and fro.
 """
 
 import os
@@ -68,5 +70,9 @@ if "FAULT_SIZE" in os.environ:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_SIZE"]),) * 2)
+if "FAULT_MEMORY" in os.environ:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (int(os.environ["FAULT_MEMORY"]),) * 2)
 if "FAULT_CLOCK" in os.environ:
     _jump(int(os.environ["FAULT_CLOCK"]))
