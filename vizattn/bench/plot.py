@@ -17,6 +17,7 @@ _COLUMNS = 3
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write a picture in the format of `path`'s suffix, a panel a comparison; rows without a time are left out."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,7 +38,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             _growth(axes, members)
         else:
             _bars(axes, members)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, rc_context({"svg.fonttype": "none"}):  # letters as text are small
         figure.savefig(temporary, format=path.suffix[1:])
 
 
