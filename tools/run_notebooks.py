@@ -28,7 +28,7 @@ def run(path: Path, out: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     try:
-        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(folder)}}).execute()
     finally:
         nbformat.write(notebook, folder / path.name)
     return time.perf_counter() - started
