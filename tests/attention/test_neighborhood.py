@@ -262,6 +262,18 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert grads[3].dtype == torch.float32
 
 
+def test_the_mean_of_many_large_values_fits_half_precision() -> None:
+    query = torch.zeros(1, 20, 20, 1, 4, dtype=torch.float16)
+    value = torch.full_like(query, 400)
+    assert torch.allclose(na2d(query, query, value, 19), value)
+
+
+def test_second_derivatives_are_refused() -> None:
+    query = torch.randn(1, 5, 5, 1, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="automatic differentiation"):
+        torch.autograd.grad(na2d(query, query, query, 3).sum(), query, create_graph=True)
+
+
 def test_all_ways_of_running_agree() -> None:
     torch.manual_seed(0)
     module = NeighborhoodAttention(8, 2, kernel_size=3, dilation=2).eval()
@@ -309,6 +321,9 @@ def test_mistakes_of_shape_and_module() -> None:
     query = torch.zeros(1, 8, 8, 2, 4)
     with pytest.raises(VizattnError, match=r"na1d: query, key and value must have one shape \(B, X, heads, channels\)"):
         na1d(query, query, query, 3)
+    one, two = torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, 2, 4)
+    with pytest.raises(VizattnError, match=r"one shape \(1, E, 2, 4\), not \(1, 1, 2, 4\) and \(1, 2, 2, 4\)"):
+        na2d(query, query, query, 3, additional_keys=one, additional_values=two)
     with pytest.raises(VizattnError, match="10 cannot be split into 3 heads"):
         NeighborhoodAttention(10, 3)
     with pytest.raises(VizattnError, match="stride must be from 1"):

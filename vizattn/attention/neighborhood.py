@@ -89,6 +89,13 @@ def _neighborhood(
     if (additional_keys is None) != (additional_values is None):
         raise VizattnError(f"{function}: additional_keys and additional_values go together.")
     grid, (h, d) = query.shape[1:-2], query.shape[-2:]
+    if additional_keys is not None and additional_values is not None:
+        of_keys, of_values = additional_keys.shape, additional_values.shape
+        if of_keys != of_values or len(of_keys) != 4 or of_keys[0] not in (1, len(query)) or of_keys[2:] != (h, d):
+            raise VizattnError(
+                f"{function}: additional_keys and additional_values must have one shape ({len(query)}, E, {h}, {d}), "
+                f"not {tuple(of_keys)} and {tuple(of_values)}."
+            )
     options = [
         _each(axes, name, option, function)
         for name, option in zip(

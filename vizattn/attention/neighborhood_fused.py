@@ -29,6 +29,9 @@ __all__ = ["attend_fused"]
 #: Scores worked on at once: few enough to stay in the cache of a core, many enough to hide the cost of a call.
 CHUNK = 1 << 17
 
+#: Maps whose tables are kept: those of a large one are tens of megabytes.
+KEPT = 32
+
 #: Exponentials are of base 2: those of base e are many times slower where they underflow, as behind a mask.
 LOG2_E = math.log2(math.e)
 
@@ -56,7 +59,7 @@ def _sorted(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.argsort(stable=True), F.pad(ends[:-1], (1, 0))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=KEPT)
 def _tables(axes: tuple[Axis, ...], extra: int, device: torch.device) -> _Tables:
     axes = axes if len(axes) > 1 else (_NO_AXIS, *axes)
     with torch.inference_mode(False):
@@ -105,7 +108,7 @@ class _Rows(NamedTuple):
     bag_start: Tensor  # (B * N * h,) where each begins in `bag`
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=KEPT)
 def _rows(axes: tuple[Axis, ...], extra: int, device: torch.device, batch: int, heads: int, packed: bool) -> _Rows:
     with torch.inference_mode(False):
         tables = _tables(axes, extra, device)
@@ -255,8 +258,11 @@ class _Attend(torch.autograd.Function):
                 scores.baddbmm_(step.key, group.query[step.row, step.n].transpose(1, 2), alpha=LOG2_E)
                 top = scores.amax(1, keepdim=True)
                 total = scores.sub_(top).exp2_().sum(1, keepdim=True, dtype=wide)
-                torch.bmm(scores.transpose(1, 2), step.value, out=result)
-                result.div_(total.transpose(1, 2))
+                if scores.dtype == torch.float16:  # where a sum of values is too large for it, though their mean is not
+                    torch.bmm(scores.div_(total).transpose(1, 2), step.value, out=result)
+                else:
+                    torch.bmm(scores.transpose(1, 2), step.value, out=result)
+                    result.div_(total.transpose(1, 2))
                 torch.add(top, total.log2_(), out=sums[-1][step.row, step.n])
             _write(out[group.images], group.rows.tile, tiled)
         ctx.save_for_backward(rpb, out, *tokens, *sums)
