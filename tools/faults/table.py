@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import clocks, disks, files, kills, workers
+from faults import clocks, disks, files, kills, lines, workers
 from faults.campaign import Case
 
 __all__ = ["all_cases"]
@@ -10,4 +10,4 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """Every case, the kinds in turn."""
-    return [*kills.CASES, *disks.CASES, *clocks.CASES, *files.CASES, *workers.CASES]
+    return [*kills.CASES, *disks.CASES, *clocks.CASES, *files.CASES, *lines.CASES, *workers.CASES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from torch import nn
 
 from vizattn.engine.checkpoint import load_model_state
 from vizattn.engine.task import ClassificationTask
+from vizattn.errors import VizattnError
 
 __all__ = ["TaskRunner", "distributed", "is_main_process", "rank_and_world", "take_from_main_process"]
 
@@ -52,15 +54,40 @@ def distributed(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started, if it did: nccl on CUDA, gloo elsewhere.
 
     mmengine would set a CUDA device even for gloo, so the group is made here, before the Runner.
+
+    Raises:
+        VizattnError: Another process died, one of these or one that loads images.
     """
     launched = "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized()
     if launched:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        if told := _death_of_another(error):
+            with suppress(ValueError):  # torch's handler would raise once more when further loaders end
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise VizattnError(told) from error
+        raise
     finally:
         if launched:
             torch.distributed.destroy_process_group()
+
+
+def _death_of_another(error: RuntimeError) -> str | None:
+    """What to say of an error that only the end of another process makes; None of others."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            f"A process that loads images ended, perhaps for want of memory: {text.strip()} Try again, a training with "
+            "--resume; if it happens again with a lower data.num_workers."
+        )
+    if torch.distributed.is_initialized() and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        return (
+            f"Another process of this run ended, or cannot be reached: {text.partition(chr(10))[0]} Its own output "
+            "says why; start all of them again, a training with --resume."
+        )
+    return None
 
 
 class TaskRunner(Runner):
