@@ -218,7 +218,7 @@ def _attend(
 
 def _fusable(tokens: Tensor, backend: str) -> bool:
     """Tracers must see plain operations; what they hand in are often subclasses."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) is not Tensor
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) not in (Tensor, nn.Parameter)
     return backend != "reference" and not tokens.is_meta and not tracing
 
 

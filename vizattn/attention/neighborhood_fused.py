@@ -6,9 +6,9 @@ logarithms of sums: memory is a few times that of the tokens. Scores are kept by
 faster.
 
 Shapes: B batch, E extra tokens (prefix), N tokens of the grid, M = E + N, h heads, d channels a head; a grid has T0
-rows of T1 tiles; q = q0 q1 queries and s = s0 s1 keys of a tile, R positions along the first axis, P distinct rows of
-masks. Tokens come as ``qkv`` (B, M, 3, h, d), or as queries (B, N, h, d), keys and values (B, M, h, d); extra ones
-first.
+rows of T1 tiles; q = q0 q1 queries and s = s0 s1 keys of a tile, R positions along the first axis; P rows and Q columns
+of distinct masks. Tokens come as ``qkv`` (B, M, 3, h, d), or as queries (B, N, h, d), keys and values (B, M, h, d);
+extra ones first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Tables(NamedTuple):
     start: list[int]  # (T0,) first position of the keys of each row of tiles
     row_keys: int  # s0
     mask_row: list[int]  # (T0,) which of the P
-    mask: Tensor  # (P, T1, E + s, q) zero where seen, minus infinity elsewhere
+    mask_column: Tensor  # (T1,) which of the Q
+    mask: Tensor  # (P, Q, E + s, q) zero where seen, minus infinity elsewhere
     entry: Tensor  # the same in the flattened table of biases, after whose end come zero and minus infinity
     entry_order: Tensor  # places in the flattened `entry`, sorted by entry of the table
     entry_start: Tensor  # (entries of the table,) where each begins in it
@@ -68,11 +69,12 @@ def _tables(axes: tuple[Axis, ...], extra: int, device: torch.device) -> _Tables
         inner = math.prod([axis.length for axis in axes[1:]])
         entries = math.prod([2 * axis.reach + 1 for axis in axes[1:]])
 
-        # Rows of tiles differ in what they see at borders only: one mask is kept for each distinct row.
-        distinct, mask_row = torch.where(rows.sees, rows.entry, -1).unique(dim=0, return_inverse=True)
-        outer, within = distinct[:, None, :, None, :, None], columns.sees[None, :, None, :, None, :]
-        sees = ((outer >= 0) & within).flatten(4).flatten(2, 3)
-        entry = (outer.clamp(min=0) * entries + columns.entry[None, :, None, :, None, :]).flatten(4).flatten(2, 3)
+        # Tiles differ in what they see at borders only: one mask is kept for each distinct row and column.
+        outer, mask_row = torch.where(rows.sees, rows.entry, -1).unique(dim=0, return_inverse=True)
+        within, mask_column = torch.where(columns.sees, columns.entry, -1).unique(dim=0, return_inverse=True)
+        outer, within = outer[:, None, :, None, :, None], within[None, :, None, :, None, :]
+        sees = ((outer >= 0) & (within >= 0)).flatten(4).flatten(2, 3)
+        entry = (outer * entries + within).flatten(4).flatten(2, 3)
         end = (2 * axes[0].reach + 1) * entries
         entry = F.pad(entry.masked_fill(~sees, end + 1), (0, 0, extra, 0), value=end)
         order, first = _sorted(entry.flatten(), end + 2)
@@ -86,6 +88,7 @@ def _tables(axes: tuple[Axis, ...], extra: int, device: torch.device) -> _Tables
             rows.start.tolist(),
             rows.key.shape[1],
             mask_row.tolist(),
+            mask_column,
             mask,
             entry,
             order[: int(first[end])],
@@ -132,7 +135,7 @@ def _rows(axes: tuple[Axis, ...], extra: int, device: torch.device, batch: int, 
 
 
 def _bias(tables: _Tables, rpb: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What scores in base 2 begin with: (P, T1, h or 1, E + s, q)."""
+    """What scores in base 2 begin with: (P, Q, h or 1, E + s, q)."""
     if rpb is None:
         return tables.mask.to(dtype).unsqueeze(2)
     table = F.pad(F.pad(rpb.flatten(1).to(dtype) * LOG2_E, (0, 1)), (0, 1), value=-math.inf)
@@ -173,6 +176,7 @@ class _Step(NamedTuple):
     known: int  # where in `seen` what no earlier row has seen begins
     key: Tensor  # (n, E + s, d)
     value: Tensor
+    bias: Tensor  # (columns, 1, h or 1, E + s, q)
     scores: tuple[Tensor, Tensor]  # (n, E + s, q) to work in
 
 
@@ -181,7 +185,7 @@ def _groups(tokens: Sequence[Tensor], axes: tuple[Axis, ...], tables: _Tables, s
     (B, _, h, d), N = query.shape, len(tables.place)
     T1, R, s1 = tables.key.shape
     extra = rest[0].shape[1] - N
-    size = max(1, CHUNK // (h * tables.mask[0].numel()))
+    size = max(1, CHUNK // (h * T1 * tables.mask[0, 0].numel()))
     for begin in range(0, B, size):
         images = slice(begin, min(begin + size, B))
         count = images.stop - begin
@@ -199,7 +203,7 @@ def _groups(tokens: Sequence[Tensor], axes: tuple[Axis, ...], tables: _Tables, s
         )
 
 
-def _steps(group: _Group, tables: _Tables) -> Iterator[_Step]:
+def _steps(group: _Group, tables: _Tables, bias: Tensor) -> Iterator[_Step]:
     _, B, h, E, d = group.extra.shape
     (_, T1, q), s = tables.query.shape, tables.mask.shape[2]
     columns = min(T1, max(1, CHUNK // (B * h * s * q)))
@@ -210,15 +214,19 @@ def _steps(group: _Group, tables: _Tables) -> Iterator[_Step]:
     for first in range(0, T1, columns):
         last = min(first + columns, T1)
         n, count = slice(first * B * h, last * B * h), (last - first) * B * h
-        known = 0
+        known, mask_row = 0, -1
         for row, start in enumerate(tables.start):
+            if mask_row != tables.mask_row[row]:
+                mask_row = tables.mask_row[row]
+                seen_bias = bias[mask_row].index_select(0, tables.mask_column[first:last]).unsqueeze(1)
             seen, known = slice(start, start + tables.row_keys), max(known, start)
             if joined is None:
                 both = group.keys[:, n, seen].view(2, count, -1, d)
             else:
                 both = joined[:, :count]
                 both[:, :, E:].unflatten(2, (tables.row_keys, -1)).flatten(3).copy_(group.keys[:, n, seen])
-            yield _Step(row, slice(first, last), n, seen, known, both[0], both[1], (room[0, :count], room[1, :count]))
+            scores = room[0, :count], room[1, :count]
+            yield _Step(row, slice(first, last), n, seen, known, both[0], both[1], seen_bias, scores)
             known = seen.stop
 
 
@@ -250,11 +258,9 @@ class _Attend(torch.autograd.Function):
         for group in _groups(tokens, axes, tables, scale):
             tiled = torch.empty_like(group.query)
             sums.append(tiled.new_empty(*tiled.shape[:2], 1, tiled.shape[2], dtype=wide))
-            for step in _steps(group, tables):
+            for step in _steps(group, tables, bias):
                 scores, result = step.scores[0], tiled[step.row, step.n]
-                _by_key(scores, step, group.extra.shape[1]).copy_(
-                    bias[tables.mask_row[step.row], step.columns].unsqueeze(1)
-                )
+                _by_key(scores, step, group.extra.shape[1]).copy_(step.bias)
                 scores.baddbmm_(step.key, group.query[step.row, step.n].transpose(1, 2), alpha=LOG2_E)
                 top = scores.amax(1, keepdim=True)
                 total = scores.sub_(top).exp2_().sum(1, keepdim=True, dtype=wide)
@@ -284,7 +290,9 @@ class _Attend(torch.autograd.Function):
         extra = _split(tokens)[1].shape[1] - out.shape[1]
         tables = _tables(ctx.axes, extra, out.device)
         bias = _bias(tables, rpb, out.dtype)
-        d_bias = torch.zeros_like(bias, dtype=rpb.dtype) if ctx.needs_input_grad[0] else None
+        d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_bias = torch.zeros(bias.shape, dtype=rpb.dtype, device=rpb.device)
         grads = [torch.empty_like(x) for x in tokens]
         d_query, *d_keys = _split(grads)
         unused = d_query.shape[1] - out.shape[1]
@@ -302,15 +310,11 @@ class _Attend(torch.autograd.Function):
             sent = torch.empty_like(group.keys)  # gradients of the copies of keys and values
             sent_extra = torch.zeros_like(group.extra)
             room = torch.empty(0)
-            for step in _steps(group, tables):
+            for step in _steps(group, tables, bias):
                 here = step.row, step.n
                 (p, ds), queries = step.scores, group.query[here]
-                torch.sub(
-                    bias[tables.mask_row[step.row], step.columns].unsqueeze(1),
-                    _by_key(logsumexp[here], step, B),
-                    out=_by_key(p, step, B),
-                )
-                p.baddbmm_(step.key, queries.transpose(1, 2), alpha=LOG2_E).exp2_()
+                _by_key(p, step, B).copy_(step.bias)
+                p.baddbmm_(step.key, queries.transpose(1, 2), alpha=LOG2_E).sub_(logsumexp[here]).exp2_()
                 torch.baddbmm(shift[here], step.value, d_out[here].transpose(1, 2), out=ds).mul_(p)
                 torch.bmm(ds.transpose(1, 2), step.key, out=d_tiled[here])
                 if room.shape != step.key.shape:
@@ -325,7 +329,8 @@ class _Attend(torch.autograd.Function):
                         sent_extra[i] += room[:, :E].view(-1, B, h, E, d).sum(0)
                 if d_bias is not None:
                     by_key = _by_key(ds, step, B)
-                    d_bias[tables.mask_row[step.row], step.columns] += by_key[:, 0] if B == 1 else by_key.sum(1)
+                    by_key = by_key[:, 0].to(rpb.dtype) if B == 1 else by_key.sum(1, dtype=rpb.dtype)
+                    d_bias[tables.mask_row[step.row]].index_add_(0, tables.mask_column[step.columns], by_key)
             _write(d_query[images, unused:], rows.tile, d_tiled.mul_(ctx.scale))
             for target, copies, ours in zip(d_keys, sent, sent_extra):
                 folded = F.embedding_bag(rows.bag, copies.view(-1, d), rows.bag_start, mode="sum")
