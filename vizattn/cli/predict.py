@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from vizattn.files import write_text
 
     from .predict_pictures import predict_masks, refuse_overwriting, unique_names
+    from .text import printable
 
     paths = expand(args.images)
     trained = load_trained(args.bundle, args.weights)
@@ -77,10 +78,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     several = [result["image"] for result in results if result.get("note") == FIRST_OF_SEVERAL]
     if several:
-        print(f"Of {len(several)} of the files {FIRST_OF_SEVERAL} was taken, as of {several[0]}.", file=sys.stderr)
+        note = f"Of {len(several)} of the files {FIRST_OF_SEVERAL} was taken, as of {several[0]}."
+        print(printable(note), file=sys.stderr)
     failed = [result for result in results if "error" in result]
     for result in failed:
-        print(f"Cannot read {result['image']}: {result['error']}", file=sys.stderr)
+        print(printable(f"Cannot read {result['image']}: {result['error']}"), file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(results)} images could not be read.", file=sys.stderr)
     return 1 if failed else 0

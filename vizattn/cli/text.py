@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["cell", "columns"]
+__all__ = ["cell", "columns", "printable"]
 
 
 def columns(rows: Sequence[Mapping[str, object]]) -> str:
@@ -32,4 +32,9 @@ def cell(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return (" x " if isinstance(value[0], int) else ", ").join(map(str, value))
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text on one line: what ends lines or steers a terminal, as names of files may, is written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

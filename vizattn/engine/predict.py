@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,8 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, **limits: Any) -> Imag
 
 
 def _reason(error: OSError, source: Any) -> str:
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f"{re.findall('[0-9]+ pixels', str(error))[0]} are too many to decode"
     if not isinstance(error, UnidentifiedImageError):
         return error.strerror or str(error) or type(error).__name__
     size = source.seek(0, os.SEEK_END) if hasattr(source, "seek") else os.path.getsize(source)
