@@ -139,7 +139,7 @@ def _matrix(found: Counts, names: Sequence[str]) -> str:
         body.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
     return (
         paragraph("Rows are the classes, columns what they were taken for.")
-        + f'<div style="overflow-x: auto"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
+        + f'<div class="scroll"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
         + f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

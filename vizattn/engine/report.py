@@ -15,10 +15,14 @@ __all__ = ["figure_html", "image_html", "page_html", "paragraph", "png_url", "ta
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2, p, td, figcaption { overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.25; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
 img, svg { max-width: 100%; height: auto; }
+pre { overflow-x: auto; }
 figure { margin: 0; text-align: center; font-size: .85rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem; }
 .grid img { width: 96px; image-rendering: pixelated; }
@@ -35,7 +39,8 @@ def table_html(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; cells are plain text."""
     head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def figure_html(figure: Any, title: str) -> str:

@@ -22,6 +22,7 @@ from PIL import Image
 import vizattn
 from vizattn.data import build_dataset, preprocessing_of
 from vizattn.engine.evaluate import Trained
+from vizattn.engine.report import paragraph, table_html, write_page
 
 pytest.importorskip("uvicorn")
 from vizattn.engine.serving.app import create_app
@@ -174,6 +175,20 @@ def test_a_picture_is_classified_and_looked_into(served: str, browser: Browser, 
     assert inside("document.querySelectorAll('#heads button').length") >= 2
     assert inside("document.getElementById('state').textContent").startswith("blocks.5.attn (softmax), mean of heads")
     assert browser.complaints() == []
+
+
+def test_reports_fit_the_width_of_a_phone(browser: Browser, tmp_path: Path) -> None:
+    name = "vit_va_nano_patch4_32_with_a_long_name_of_an_experiment"
+    table = table_html(["class", *["recall and precision"] * 5], [[name, *["100.00%"] * 5]])
+    write_page(tmp_path / "report.html", name, [(name, table + paragraph(name)), ("Recipe", f"<pre>{name * 3}</pre>")])
+    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
+    try:
+        browser.call("Page.navigate", url=(tmp_path / "report.html").as_uri())
+        browser.until("document.readyState === 'complete' && document.querySelector('pre') !== null")
+        assert browser.value("document.documentElement.scrollWidth") == 360
+        assert browser.value("document.querySelector('table').scrollWidth") > 360  # within what scrolls by itself
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
 
 
 @pytest.mark.parametrize("served", [segmenter], indirect=True)
