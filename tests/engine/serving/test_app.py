@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import re
 import struct
 import threading
@@ -30,6 +31,7 @@ from vizattn.engine.serving.app import create_app
 from vizattn.engine.serving.guard import Guard
 from vizattn.engine.serving.limits import Limits
 from vizattn.engine.serving.model import Busy, OneThread
+from vizattn.engine.serving.server import make_server
 
 CLASSES = ["nought", "<b>one</b>", "two"]
 
@@ -179,7 +181,7 @@ def test_odd_pictures(client: TestClient, data: bytes, size: tuple[int, int], no
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "Not an image file."),
         (encoded(picture(), "PNG")[:500], "Image file is truncated"),
         (png_of_size(8000, 8000), "8000 x 8000 pixels are more than 50 million."),
-        (png_of_size(60000, 60000), "pixels"),
+        (png_of_size(60000, 60000), "3600000000 pixels are too many to decode."),
         (png_of_size(40, 32), ""),
         (encoded(picture(size=(1, 400)), "PNG"), "1 x 400 pixels: a side is over 100 times the other."),
     ],
@@ -205,6 +207,13 @@ def test_what_is_no_picture(client: TestClient, path: str, data: bytes, message:
 )
 def test_what_is_no_upload(client: TestClient, request_: dict[str, Any], status: int, message: str) -> None:
     assert message in error_of(client.post("/predict", **request_), status)
+
+
+def test_forms_that_are_none_are_no_news(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    make_server(client.app)
+    head = {"content-type": "multipart/form-data; boundary=x"}
+    error_of(client.post("/predict", content=b"no form", headers=head), 400)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_uploads_have_a_limit_whatever_they_say(classifier: Trained) -> None:

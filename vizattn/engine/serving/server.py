@@ -48,6 +48,7 @@ def make_server(app: Any) -> uvicorn.Server:
     What runs then has five seconds to finish.
     """
     logging.getLogger("uvicorn.error").addFilter(_expected)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it speaks of forms that are none
     config = uvicorn.Config(
         app,
         http=PatientProtocol,
