@@ -197,6 +197,7 @@ def test_what_cannot_be_followed_is_refused(explain: Any, net: Any, message: str
     [
         (lambda: rows.create("vit"), 5, "class from 0 to 4, not 5"),
         (lambda: rows.create("vit"), torch.tensor([0, -1]), "class from 0 to 4"),
+        (lambda: rows.create("vit"), torch.tensor([0, 1, 2]), "one for each of the 2 images"),
         (lambda: rows.create("vit", num_classes=0), None, "needs a model that classifies"),
         (lambda: rows.create_segmenter("vit", "linear_probe"), None, "a segmenter has one for each position"),
     ],

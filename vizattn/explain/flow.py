@@ -122,7 +122,10 @@ def _positive(layer: AttentionMap, grad: Tensor) -> Tensor:
 def _classes(logits: Tensor, target: int | Tensor | None) -> Tensor:
     if target is None:
         return logits.argmax(1)
-    chosen = torch.as_tensor(target, device=logits.device).expand(len(logits))
+    chosen = torch.as_tensor(target, device=logits.device)
+    if chosen.numel() != 1 and chosen.shape != logits.shape[:1]:
+        raise VizattnError(f"target must be one class, or one for each of the {len(logits)} images, not {target}.")
+    chosen = chosen.flatten().expand(len(logits))
     if chosen.dtype.is_floating_point or bool(((chosen < 0) | (chosen >= logits.shape[1])).any()):
         raise VizattnError(f"target must be a class from 0 to {logits.shape[1] - 1}, not {target}.")
     return chosen.long()
