@@ -205,7 +205,7 @@ def test_diff(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["vpt_deep", "apla", "efficient_probing", "full"])
 def test_the_average_is_the_weighted_mean(method, tmp_path):
-    folders = [saved(tmp_path / str(seed), method, seed) for seed in range(3)]
+    folders = [saved(tmp_path / str(seed) / "bundle", method, seed) for seed in range(3)]
     shares = [1.0, 2.0, 5.0]
     target = average_bundles(folders, tmp_path / "average", shares)
     states = [load_file(folder / WEIGHTS_NAME) for folder in folders]
@@ -217,6 +217,7 @@ def test_the_average_is_the_weighted_mean(method, tmp_path):
         assert tensor.dtype == states[0][name].dtype
     config = read_bundle(target)
     assert [origin["share"] for origin in config["metadata"]["average_of"]] == [1 / 8, 2 / 8, 5 / 8]
+    assert [origin["bundle"] for origin in config["metadata"]["average_of"]] == ["0/bundle", "1/bundle", "2/bundle"]
     assert "accuracy" not in config["metadata"]
     run(vizattn.load_adapter(create("vit"), target))
 

@@ -146,11 +146,17 @@ def average_bundles(folders: Sequence[Folder], target: Folder, shares: Sequence[
             raise VizattnError(f"{folder} has a tensor {name} that {folders[0]} lacks.")
     from_first = {key: configs[0]["metadata"][key] for key in ("config", "palette") if key in configs[0]["metadata"]}
     origins = [
-        {"bundle": Path(folder).name, "weights_sha256": config["weights_sha256"], "share": share}
+        {"bundle": _known_as(Path(folder)), "weights_sha256": config["weights_sha256"], "share": share}
         for folder, config, share in zip(folders, configs, shares)
     ]
     config = configs[0] | {"vizattn_version": __version__, "metadata": from_first | {"average_of": origins}}
     return write_bundle(target, config, averaged)
+
+
+def _known_as(folder: Path) -> str:
+    """The name of a bundle; of one in the work directory of a run, where all are called the same, the run's."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1] == "bundle" else parts[-1]
 
 
 def _tensor(state: Mapping[str, Tensor], name: str, like: Tensor, folder: Folder) -> Tensor:

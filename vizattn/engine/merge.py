@@ -22,7 +22,7 @@ def merge_bundle(folder: Path, target: Path, weights: str | Path | None = None) 
     """Fold the adapters of a bundle into the weights of its backbone, and write the whole model.
 
     `target` gets `model.safetensors` and `model.json`, which `load_trained` reads, and of a classifier `config.json`:
-    ``timm.create_model("local-dir:TARGET")`` makes it, or ``timm.create_model(name, num_classes=...,
+    ``timm.create_model("local-dir:TARGET", pretrained=True)`` makes it, or ``timm.create_model(name, num_classes=...,
     checkpoint_path="TARGET/model.safetensors")``.
 
     Args:
