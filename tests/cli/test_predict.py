@@ -214,4 +214,4 @@ def test_unusable_device_and_output(bundle: Path, pictures: Path, tmp_path: Path
     assert main(["predict", str(pictures), "--bundle", str(bundle), "--device", "gpu"]) == 2
     assert "'gpu'" in capsys.readouterr().err
     assert main(["predict", str(pictures), "--bundle", str(bundle), "--output", str(tmp_path / "no" / "x.csv")]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert "There is no folder" in capsys.readouterr().err

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from .predict_pictures import predict_masks, refuse_overwriting, unique_names
     from .text import printable
 
+    if args.output and not Path(args.output).parent.is_dir():
+        raise VizattnError(f"There is no folder {Path(args.output).parent} for --output.")
     paths = expand(args.images)
     trained = load_trained(args.bundle, args.weights)
     trained.model.to(choose_device(args.device))

@@ -57,7 +57,7 @@ def feature_key(model: nn.Module, dataset: Any, *, level: str, transform: str, a
 
     device = next(model.parameters()).device
     parts = {
-        "format": 1,
+        "format": 2,
         "frozen weights": fingerprint(model),
         "model": model_args,
         "level": level,
