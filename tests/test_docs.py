@@ -20,6 +20,7 @@ def rows(paths: list[Path], *marks: pytest.MarkDecorator) -> list[object]:
 FAST, SLOW = ([path for path in PAGES if is_slow(path) == wanted] for wanted in (False, True))
 
 
+@pytest.mark.timeout(900)  # for machines that others use, too
 @pytest.mark.parametrize("path", rows(FAST) + rows(SLOW, pytest.mark.slow))
 def test_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(path, tmp_path, monkeypatch) as page:

@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 TOUR = [block for block in blocks_of(README) if block.runs]
 
 
-@pytest.mark.timeout(900)  # half a minute on a quiet core
+@pytest.mark.timeout(900)  # a minute of one core
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(README, tmp_path, monkeypatch) as page:
         ran = page.run()
