@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -105,3 +106,10 @@ def test_greyscale_of_few_bits_keeps_its_labels(bits: int, tmp_path: Path) -> No
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
     assert np.array_equal(read_mask(path), labels)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(OSError, match="Not a regular file"):
+        read_mask(tmp_path / "x.png")
+    assert palette_of(str(tmp_path / "x.png"), 2) is None

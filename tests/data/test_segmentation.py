@@ -167,6 +167,9 @@ def test_names_may_have_indices(flat):
     (flat / "classes.txt").write_text("0: ground\ncat\n")
     with pytest.raises(VizattnError, match="one class name a line"):
         SegmentationFolder(flat, "val")
+    (flat / "classes.txt").write_text("0: ground\n999999999: cat\n")
+    with pytest.raises(VizattnError, match="names class 999999999; the largest may be"):
+        SegmentationFolder(flat, "val")
     assert SegmentationFolder(flat, "val", class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
 
 

@@ -93,7 +93,7 @@ def _stored(image_folder: Path, folder: Path) -> tuple[FeatureDataset, Path]:
     return stored, folder / f"{key}.npy"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "note", "half"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "note", "half", "label", "list"])
 def test_a_damaged_cache_is_noticed_and_rebuilt(image_folder: Path, tmp_path: Path, damage: str) -> None:
     stored, path = _stored(image_folder, tmp_path)
     expected = [stored[i] for i in range(len(stored))]
@@ -105,6 +105,11 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(image_folder: Path, tmp_path: Pa
         path.write_bytes(content[:-100])
     elif damage == "note":
         path.with_suffix(".json").write_text("{")
+    elif damage == "label":
+        saved = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(saved | {"labels": [7, *saved["labels"][1:]]}))
+    elif damage == "list":
+        path.with_suffix(".json").write_text("[1]")
     else:
         path.with_suffix(".json").unlink()
     again, _ = _stored(image_folder, tmp_path)

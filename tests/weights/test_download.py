@@ -89,6 +89,14 @@ def test_the_next_call_resumes(server: Server, target: Path) -> None:
     assert server.ranges()[-1] == "bytes=100-"
 
 
+@pytest.mark.parametrize("note", ["[]", "null", "3", '{"url": 3}', "[" * 100_000, '{"url": URL, "validator": 7}'])
+def test_a_damaged_note_of_a_part_is_as_none(note: str, server: Server, target: Path) -> None:
+    part(target).write_bytes(b"half")
+    text = note.replace("URL", f'"{server.url}/w.pth"')
+    target.with_name(f"{target.name}.part.json").write_text(text)
+    assert get(server, target, Trusted()) == DATA
+
+
 def test_last_modified_validates_where_there_is_no_strong_etag(server: Server, target: Path) -> None:
     server.etag, server.modified = 'W/"weak"', formatdate(0, usegmt=True)
     server.script = [Answer(cut=100)]
