@@ -32,7 +32,7 @@ def _jumping(command: Command) -> Callable[[Trial], Iterator[str | None]]:
     def run(trial: Trial) -> Iterator[str | None]:
         usual, env = undisturbed(trial.stage, command), trial.stage.env(trial.folder)
         args = command.args(trial.stage.fixtures)
-        running = Running(args, trial.folder, env, faults=_clock(trial))
+        running = Running(args, trial.folder, env, faults=_clock(trial), launcher=command.launcher)
         first = usual.changes[0] if usual.changes else 0.0
         moment = running.start + trial.random.uniform(first, usual.seconds)
         while running.process.poll() is None and time.monotonic() < moment:
@@ -40,7 +40,7 @@ def _jumping(command: Command) -> Callable[[Trial], Iterator[str | None]]:
         running.kill()
         running.end()
         _touch(trial.folder, trial)
-        ended = vizattn([*args, *command.go_on], trial.folder, env, faults=_clock(trial))
+        ended = vizattn([*args, *command.go_on], trial.folder, env, faults=_clock(trial), launcher=command.launcher)
         problem = misbehaviour(ended, allowed=(0,)) or differs(command, trial.folder, usual.new)
         yield f"killed after {moment - running.start:.1f} s: {problem}" if problem else None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,15 +23,13 @@ from faults.commands import (
     STUDY_2,
     TRAIN,
     Command,
+    Undisturbed,
     differs,
     half,
     undisturbed,
 )
 
 __all__ = ["CASES"]
-
-SLACK = 64 << 10
-"""Bytes that the file system takes for itself."""
 
 
 @contextlib.contextmanager
@@ -49,61 +48,54 @@ def _mount(*args: str) -> None:
         raise OSError(f"mount {' '.join(args)}: {done.stderr.strip()}")
 
 
+@functools.cache
 def may_mount() -> bool:
     """Whether disks can be mounted here: by root, outside of most containers."""
-    return os.geteuid() == 0 and subprocess.run(["mount", "--version"], capture_output=True).returncode == 0
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError), _mounted(Path(folder), 1 << 16):
+        return True
+    return False
 
 
 def _full(command: Command) -> Callable[[Trial], Iterator[str | None]]:
     """The folder that is written to is a disk with too little room, from nearly none to nearly enough."""
 
     def run(trial: Trial) -> Iterator[str | None]:
-        usual, fixtures = undisturbed(trial.stage, command), trial.stage.fixtures
-        place = trial.folder / "disk"
-        place.mkdir()
-        size = SLACK + round(trial.random.random() ** 2 * usual.size)
-        args, env, told = command.args(fixtures), trial.stage.env(place), f"{size:,} of {usual.size:,} bytes"
-        env["MPLCONFIGDIR"] = str(place / "matplotlib")
-        if not may_mount():
-            # The largest file that may be written, instead of the room for all.
-            command.old(fixtures, place / "out")
-            size = max(1, round(trial.random.random() ** 2 * usual.largest))
-            told = f"{size:,} bytes in a file"
-            yield from _starved(trial, command, place, args, env | {"FAULT_SIZE": str(size)}, env, told)
-            return
-        with _mounted(place, max(size, 1 << 20) * 4):
-            command.old(fixtures, place / "out")
-            used = sum(path.stat().st_size + 4096 for path in place.rglob("*"))
-            _mount("-o", f"remount,size={used + size}", str(place))
-            yield from _starved(trial, command, place, args, env, env, told, room=str(place))
+        usual = undisturbed(trial.stage, command)
+        room = round(trial.random.random() ** 2 * (usual.size if may_mount() else usual.largest))
+        for number in range(8):
+            place = trial.folder / f"disk{number}"
+            place.mkdir()
+            enough, problem = _starved(trial, command, usual, place, room)
+            if not enough or problem:
+                yield f"{room:,} of {usual.size:,} bytes: {problem}" if problem else None
+                return
+            room //= 3
+        yield "the command needed no room at all"
 
     return run
 
 
-def _starved(
-    trial: Trial,
-    command: Command,
-    place: Path,
-    args: list[str],
-    starved: dict[str, str],
-    env: dict[str, str],
-    told: str,
-    room: str | None = None,
-) -> Iterator[str | None]:
-    usual = undisturbed(trial.stage, command)
-    faults = {"FOLDER": str(place)} | ({"SIZE": starved.pop("FAULT_SIZE")} if "FAULT_SIZE" in starved else {})
-    ended = vizattn(args, place, starved, faults=faults, log=trial.folder)
-    problem = misbehaviour(ended) or _unsaid(ended.status, ended.output) or half(command, place, usual)
-    if room is not None:
-        _mount("-o", "remount,rw,size=1g", room)
-    again = [*args, *command.go_on]
-    if not problem and ended.status == 0:
-        problem = differs(command, place, usual.new)
-    elif not problem:
-        ended = vizattn(again, place, env, log=trial.folder)
+def _starved(trial: Trial, command: Command, usual: Undisturbed, place: Path, room: int) -> tuple[bool, str | None]:
+    """Whether `room` was enough after all, and what was lost."""
+    env, args, faults = trial.stage.env(place), command.args(trial.stage.fixtures), {"FOLDER": str(place)}
+    with contextlib.ExitStack() as stack:
+        if may_mount():
+            stack.enter_context(_mounted(place, 1 << 30))
+            command.old(trial.stage.fixtures, place / "out")
+            used = sum(-(-path.stat().st_size // 4096) * 4096 for path in place.rglob("*"))
+            _mount("-o", f"remount,size={used + max(room, 4096)}", str(place))
+        else:  # the largest file that may be written, instead of the room for all
+            command.old(trial.stage.fixtures, place / "out")
+            faults["SIZE"] = str(max(room, 1))
+        ended = vizattn(args, place, env, faults=faults, log=trial.folder, launcher=command.launcher)
+        problem = misbehaviour(ended) or _unsaid(ended.status, ended.output) or half(command, place, usual)
+        if problem or not ended.status:
+            return not ended.status, problem or differs(command, place, usual.new)
+        if may_mount():
+            _mount("-o", "remount,size=1g", str(place))
+        ended = vizattn([*args, *command.go_on], place, env, log=trial.folder, launcher=command.launcher)
         problem = misbehaviour(ended, allowed=(0,)) or differs(command, place, usual.new)
-        problem = f"with room again: {problem}" if problem else None
-    yield f"{told}: {problem}" if problem else None
+        return False, f"with room again: {problem}" if problem else None
 
 
 def _unsaid(status: int, output: str) -> str | None:
@@ -133,7 +125,7 @@ def _read_only(command: Command) -> Callable[[Trial], Iterator[str | None]]:
             else:
                 place.chmod(0o555)
                 (place / "out").chmod(0o555)
-            ended = vizattn(args, place, env, log=trial.folder)
+            ended = vizattn(args, place, env, log=trial.folder, launcher=command.launcher)
             problem = misbehaviour(ended, allowed=(0,) if command is EVAL else (2,))
             problem = problem or _unsaid(ended.status, ended.output) or half(command, place, usual)
             if not may_mount():
@@ -160,7 +152,7 @@ def _no_home(command: Command) -> Callable[[Trial], Iterator[str | None]]:
                 barred.chmod(0o555)
             names = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "HF_HOME", "VIZATTN_HOME", "TMPDIR")
             env = trial.stage.env(trial.folder) | {name: str(barred) for name in (*names, "MPLCONFIGDIR")}
-            ended = vizattn(command.args(fixtures), trial.folder, env)
+            ended = vizattn(command.args(fixtures), trial.folder, env, launcher=command.launcher)
             problem = misbehaviour(ended)
             if not problem and ended.status == 0:
                 problem = differs(command, trial.folder, usual.new)

@@ -28,7 +28,7 @@ def _killed(trial: Trial, command: Command, args: list[str], usual: Undisturbed,
     elif how == "write":
         size = max(1, round(usual.largest * trial.random.random() ** 3))  # small files are many
         faults["WRITE"], told = str(size), f"at byte {size} of a file"
-    running = Running(args, trial.folder, home, faults=faults)
+    running = Running(args, trial.folder, home, faults=faults, launcher=command.launcher)
     if how == "moment":
         first = usual.changes[0] if usual.changes and command is not EVAL else 0.5 * usual.seconds
         moment = trial.random.uniform(0.9 * first, usual.seconds)
@@ -71,7 +71,7 @@ def _kill(command: Command) -> Callable[[Trial], Iterator[str | None]]:
             args = [*command.args(fixtures), *command.go_on]
             problem = half(command, trial.folder, usual)
             if not left:
-                ended = vizattn(args, trial.folder, home)
+                ended = vizattn(args, trial.folder, home, launcher=command.launcher)
                 problem = problem or misbehaviour(ended, allowed=(0,)) or differs(command, trial.folder, usual.new)
             yield f"killed {', '.join(told)}: {problem}" if problem else None
 

@@ -29,6 +29,11 @@ LOADING = Command(
 TOGETHER = Command("train in two processes", TRAIN.args, run, go_on=("--resume",), launcher=TORCHRUN)
 
 
+def _started(command: Command, trial: Trial) -> Running:
+    args, env = command.args(trial.stage.fixtures), trial.stage.env(trial.folder)
+    return Running(args, trial.folder, env, launcher=command.launcher)
+
+
 def _at_work(running: Running, command: Command, trial: Trial) -> None:
     """Wait for a random moment of the time in which the command writes."""
     usual, out = undisturbed(trial.stage, command), trial.folder / "out"
@@ -90,7 +95,7 @@ def _goes_on(trial: Trial, command: Command, told: str, problem: str | None, end
 
 def _loader(trial: Trial) -> str | None:
     """A process that loads images is killed: the run says so, and can be resumed."""
-    running = Running(LOADING.args(trial.stage.fixtures), trial.folder, trial.stage.env(trial.folder))
+    running = _started(LOADING, trial)
     _at_work(running, LOADING, trial)
     try:
         victim = _kill_one(running, trial)
@@ -101,7 +106,7 @@ def _loader(trial: Trial) -> str | None:
 
 def _without_parent(trial: Trial) -> str | None:
     """The run is killed, and its loaders must not stay."""
-    running = Running(LOADING.args(trial.stage.fixtures), trial.folder, trial.stage.env(trial.folder))
+    running = _started(LOADING, trial)
     _at_work(running, LOADING, trial)
     while running.process.poll() is None and not descendants(running.process.pid):
         time.sleep(0.01)
@@ -117,7 +122,7 @@ def _without_parent(trial: Trial) -> str | None:
 def _study_worker(trial: Trial) -> str | None:
     """Workers of a study are killed one after the other; others take their place."""
     args, env = STUDY_2.args(trial.stage.fixtures), trial.stage.env(trial.folder)
-    running = Running(args, trial.folder, env)
+    running = _started(STUDY_2, trial)
     victims = []
     try:
         for _ in range(trial.random.choice((1, 2))):
@@ -162,8 +167,7 @@ def _too_large(trial: Trial) -> Iterator[str | None]:
 
 def _one_of_two(trial: Trial) -> str | None:
     """One of two processes that train together is killed: the other ends soon, without a traceback of ours."""
-    args, env = TOGETHER.args(trial.stage.fixtures), trial.stage.env(trial.folder)
-    running = Running(args, trial.folder, env, launcher=TORCHRUN)
+    running = _started(TOGETHER, trial)
     _at_work(running, TOGETHER, trial)
     try:
         victim, killed = _kill_one(running, trial, "vizattn train"), time.monotonic()
