@@ -32,6 +32,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     def picture(match: re.Match[str]) -> str:
         path = root / posixpath.normpath(posixpath.join(folder, unescape(match[2])))
         svg = STYLE.sub("", path.read_text(encoding="utf-8"))
+        if not svg.startswith("<svg"):  # a plot, with colours and names of its own
+            return match[0]
         return f'<figure class="picture">{svg}<figcaption>{match[1]}</figcaption></figure>'
 
     return PICTURE.sub(picture, EQUATION.sub(_mathml, html))
