@@ -9,7 +9,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import create, images, randomise
+from rows import METHODS, create, images, randomise
 from torch import nn
 
 import vizattn
@@ -479,3 +479,12 @@ def test_norms_are_folded_after_merging_only():
         fused = vizattn.fuse(vizattn.merge(model))
         torch.testing.assert_close(fused(images()), expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for stage in fused.stages for m in stage.modules())
+
+
+@pytest.mark.parametrize("method", ["efficient_probing", "hst"])
+def test_a_head_with_batch_statistics_refuses_one_image_to_train_on(method):
+    model = create("vit")
+    model = vizattn.attach(model, METHODS[method][0], **METHODS[method][1]).train()
+    with pytest.raises(VizattnError, match="batch size"):
+        model(images(1))
+    assert model.eval()(images(1)).shape[0] == 1

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from vizattn.data import build_dataset, build_transforms
-from vizattn.data.loader import EpochSampler, build_loader
+from vizattn.data.loader import EpochSampler, build_loader, training_batches
 
 PREPROCESSING = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -71,3 +72,12 @@ def test_evaluation_keeps_order_and_each_image_once():
     found = batches(dataset, train=False)
     assert torch.cat([y for _, y in found]).tolist() == dataset.labels
     assert torch.equal(torch.cat([x for x, _ in found]), torch.stack([x for x, _ in dataset]))
+
+
+def test_a_last_batch_of_one_image_is_left_out_of_training(digits):
+    nine = Subset(digits, range(9))
+    assert [len(labels) for _, labels in build_loader(nine, 4, train=True)] == [4, 4]
+    assert [len(labels) for _, labels in build_loader(nine, 4, train=False)] == [4, 4, 1]
+    assert len(build_loader(nine, 5, train=True)) == training_batches(9, 5) == 2
+    assert [training_batches(9, size) for size in (1, 4, 9, 16)] == [9, 2, 1, 1]
+    assert training_batches(1, 4) == 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vizattn.adapters.anatomy import Anatomy, core
 from vizattn.adapters.base import attached, register
 from vizattn.adapters.edits import Edits
-from vizattn.adapters.head import classify, own_head
+from vizattn.adapters.head import classify, normalise, own_head
 from vizattn.errors import VizattnError
 
 __all__ = ["EfficientProbe", "EfficientProbing", "query_maps"]
@@ -126,7 +126,7 @@ class ProbeHead(nn.Module):
 
     def forward_head(self, model: Any, run: Callable[..., Tensor], x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features of the last block to logits (B, C)."""
-        x = self.norm(self.probe(self.tokens(x)))
+        x = normalise(self.norm, self.probe(self.tokens(x)))
         return x if pre_logits else classify(model, x)
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import classifiers
 from vizattn.adapters.edits import Edits
+from vizattn.errors import VizattnError
 
-__all__ = ["classify", "own_head"]
+__all__ = ["classify", "normalise", "own_head"]
 
 
 def own_head(model: nn.Module, in_features: int, edits: Edits) -> None:
@@ -23,6 +24,20 @@ def own_head(model: nn.Module, in_features: int, edits: Edits) -> None:
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         edits.set(model.get_submodule(owner), attribute, head)
+
+
+def normalise(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """Features (B, C) by the statistics of the batch.
+
+    Raises:
+        VizattnError: one image to train on.
+    """
+    if norm.training and len(x) == 1:
+        raise VizattnError(
+            "The head of this adapter normalises by the statistics of a batch, and cannot train on one image at a time. "
+            "Use a batch size of 2 or more (data.batch_size in recipes)."
+        )
+    return norm(x)
 
 
 def classify(model: Any, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vizattn.adapters.anatomy import Anatomy
 from vizattn.adapters.base import register
 from vizattn.adapters.edits import Edits
-from vizattn.adapters.head import classify, own_head
+from vizattn.adapters.head import classify, normalise, own_head
 from vizattn.adapters.tokens import insert_tokens
 from vizattn.errors import VizattnError
 
@@ -242,7 +242,7 @@ class SideNetwork(nn.Module):
 
     def forward_head(self, model: Any, run: Callable[..., Tensor], x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last side map to logits."""
-        x = self.norm(x.mean(dim=(2, 3)))
+        x = normalise(self.norm, x.mean(dim=(2, 3)))
         return x if pre_logits else classify(model, x)
 
     def forward_intermediates(

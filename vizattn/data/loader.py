@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vizattn.errors import VizattnError
 
-__all__ = ["EpochSampler", "build_loader"]
+__all__ = ["EpochSampler", "build_loader", "training_batches"]
 
 
 def build_loader(
@@ -36,8 +36,9 @@ def build_loader(
     Args:
         dataset: A map-style data set; its `transform` may be random.
         batch_size: Images a batch on each rank.
-        train: Shuffle, seed the transforms, and give each rank equally many images by repeating a few. Otherwise
-            images keep their order and each comes exactly once, so ranks may differ by one image.
+        train: Shuffle, seed the transforms, and give each rank equally many images by repeating a few; see
+            `training_batches` for their number. Otherwise images keep their order and each comes exactly once, so ranks
+            may differ by one image.
         seed: Of the order and of random transforms.
         num_workers: Processes that load.
         rank: This process among `world_size`.
@@ -46,16 +47,23 @@ def build_loader(
     """
     if train:
         dataset = _Seeded(dataset, seed)
+    sampler = EpochSampler(dataset, shuffle=train, seed=seed, rank=rank, world_size=world_size)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(dataset, shuffle=train, seed=seed, rank=rank, world_size=world_size),
+        sampler=sampler,
+        drop_last=train and training_batches(len(sampler), batch_size) * batch_size < len(sampler),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         # Every iterator draws a seed for its workers: from its own generator, not from the model's.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def training_batches(images: int, batch_size: int) -> int:
+    """Batches of an epoch: a last one of a single image, which no batch norm can be trained on, is left out."""
+    return max(1, images // batch_size + (images % batch_size > 1))
 
 
 class EpochSampler(Sampler[int]):

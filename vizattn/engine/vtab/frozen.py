@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vizattn.adapters import attached
 from vizattn.adapters.anatomy import core
 from vizattn.adapters.efficient_probing import ProbeHead
-from vizattn.data.loader import EpochSampler
+from vizattn.data.loader import EpochSampler, training_batches
 from vizattn.engine.optim import build_schedule
 
 __all__ = ["OPTIMIZERS", "can_batch", "inputs_of", "put", "right_answers", "train_probes"]
@@ -175,11 +175,12 @@ def train_probes(
     decays = [0.0 if name in _NO_DECAY else 1.0 for name in _TRAINED if name in params]
     optimizer = _Optimizer(trained, decays, rates, config["optimizer"])
     batch_size, epochs = config["data"]["batch_size"], config["schedule"]["epochs"]
-    factors = iter(_lr_factors(config, -(-length // batch_size)))
+    batches = training_batches(length, batch_size)
+    factors = iter(_lr_factors(config, batches))
     sampler = EpochSampler(range(length), shuffle=True, seed=config["seed"])  # type: ignore[arg-type]
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
-        for indices in torch.tensor([*sampler]).split(batch_size):
+        for indices in torch.tensor([*sampler]).split(batch_size)[:batches]:
             logits = _logits(params, inputs(indices), training=True)
             target = labels[indices].expand(len(rates), -1)
             smoothing = config["loss"]["label_smoothing"]
