@@ -34,7 +34,7 @@ def normalise(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     """
     if norm.training and len(x) == 1:
         raise VizattnError(
-            "The head of this adapter normalises by the statistics of a batch, and cannot train on one image at a time. "
+            "The head of this adapter normalises by the statistics of a batch, and cannot train on a single image. "
             "Use a batch size of 2 or more (data.batch_size in recipes)."
         )
     return norm(x)
