@@ -70,3 +70,8 @@ def test_an_interrupted_pair_is_the_old_or_the_new_one(tmp_path: Path, monkeypat
 
 def test_an_endless_name_is_shortened() -> None:
     assert len(str(unknown("option", "x" * 1_000_000, ["a", "b"]))) < 1000
+
+
+def test_names_that_are_no_text_are_written(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "x.json", '["\udcff.png"]')
+    assert (tmp_path / "x.json").read_text() == '["\\udcff.png"]'

@@ -70,9 +70,9 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole."""
+    """Write a small text file whole; of names of files that are no text, the odd bytes are written as ``\\udcXX``."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -141,3 +142,11 @@ def test_closed_pipe_is_silent() -> None:
     command.stdout.close()
     assert command.wait(timeout=60) == 141
     assert command.stderr.read() == ""
+
+
+def test_a_terminal_that_knows_no_unicode(command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    command.run = lambda args: print("\xb1 \udcff") or 0
+    assert main(["fake"]) == 0
+    assert written.getvalue() == b"\\xb1 \\udcff\n"

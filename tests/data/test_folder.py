@@ -282,3 +282,9 @@ def test_decoding_smaller_is_another_data_set(tmp_path):
     with pytest.raises(VizattnError, match="least_side must be at least 1 pixel, not 0"):
         build_dataset("folder", "all", root=tmp_path, least_side=0)
     assert available_splits("folder", root=tmp_path, least_side=30) == ["train"]
+
+
+def test_names_that_are_no_text(flat):
+    os.rename(flat / "cat" / "003.png", os.fsencode(flat / "cat") + b"/\xff\xfe.png")
+    parts = [ImageFolder(flat, part) for part in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 60 and all(part[0] is not None for part in parts)

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text, nor terminals know UTF-8
     messages = _Messages()
     try:
         module = importlib.import_module(f"{__name__}.{command}")

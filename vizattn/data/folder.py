@@ -213,7 +213,7 @@ def _nonempty(parts: dict[str, tuple[list[str], ...]], splits: tuple[str, ...]) 
 
 def divide(files: list[str], val_fraction: float, test_fraction: float, seed: int) -> tuple[list[str], ...]:
     """Train, val and test part of one class; a part with a share gets at least one image while there are enough."""
-    order = sorted(files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    order = sorted(files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest())
     count = len(order)
     test = min(max(round(count * test_fraction), int(test_fraction > 0 and count > 2)), count - 1)
     val = max(round(count * val_fraction), int(val_fraction > 0 and count > 1))
