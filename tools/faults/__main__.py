@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ def main() -> int:
     """Run the campaign; the status is 1 where anything was lost."""
     parser = argparse.ArgumentParser("make faults ARGS=...", description=__doc__)
     parser.add_argument("--seed", type=int, help="of all damage (default: another every time)")
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of each case (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of each case (default: %(default)s)")
     parser.add_argument(
         "--only", nargs="+", metavar="KIND[/CASE]", default=[], help="these kinds, or cases that begin so"
     )
@@ -48,6 +49,7 @@ def main() -> int:
         for lost in found.lost:
             console.print(f"  LOST {lost}", style="red", markup=False, highlight=False)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # disks are unmounted, and folders removed
     tallies = run_campaign(cases, seed=seed, rounds=args.rounds, jobs=args.jobs, keep=args.keep, report=report)
     seconds = round(time.monotonic() - start)
     console.print(_table(tallies, seed, seconds))

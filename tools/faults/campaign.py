@@ -65,21 +65,23 @@ def run_campaign(
     """
     tallies = {(case.kind, case.name): Tally(case.kind, case.name) for case in cases}
     root = Path(tempfile.mkdtemp(prefix="vizattn-faults-"))
-    with Stage(root / "stage") as stage, ThreadPoolExecutor(jobs) as pool:
-        running = {
-            pool.submit(_one_round, case, seed, number, root, stage, keep): case
-            for number in range(rounds)
-            for case in cases
-        }
-        for future in _ended(running, pool):
-            case, found = running[future], future.result()
-            tally = tallies[case.kind, case.name]
-            tally.tried += found.tried
-            tally.lost += found.lost
-            tally.seconds = round(tally.seconds + found.seconds, 1)
-            report(found)
-    if not any(tally.lost for tally in tallies.values()) or not keep:
-        remove(root)
+    try:
+        with Stage(root / "stage") as stage, ThreadPoolExecutor(jobs) as pool:
+            running = {
+                pool.submit(_one_round, case, seed, number, root, stage, keep): case
+                for number in range(rounds)
+                for case in cases
+            }
+            for future in _ended(running, pool):
+                case, found = running[future], future.result()
+                tally = tallies[case.kind, case.name]
+                tally.tried += found.tried
+                tally.lost += found.lost
+                tally.seconds = round(tally.seconds + found.seconds, 1)
+                report(found)
+    finally:
+        if not keep or not any(tally.lost for tally in tallies.values()):
+            remove(root)
     return [*tallies.values()]
 
 
