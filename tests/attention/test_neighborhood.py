@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vizattn import VizattnError
-from vizattn.attention import NeighborhoodAttention, na1d, na2d, na3d
+from vizattn.attention import NeighborhoodAttention, na1d, na2d, na3d, neighborhood
 from vizattn.attention import neighborhood_fused as fused
 from vizattn.attention.neighborhood import fitting_axis
+from vizattn.attention.neighborhood_dense import attend_dense
 from vizattn.attention.neighborhood_plain import attend_plain
 from vizattn.attention.neighborhood_tiles import Axis
 
@@ -127,6 +129,7 @@ def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
         axes = tuple(Axis(L, *option, option[0] - 1) for L, option in zip(grid, options))
         outputs.append(attend_plain(qkv, rpb, axes, d**-0.5).unflatten(1, grid))
         outputs.append(fused.attend_fused(rpb, axes, d**-0.5, qkv).unflatten(1, grid))
+        outputs.append(attend_dense(rpb, axes, d**-0.5, qkv[:, E:, 0], qkv[:, :, 1], qkv[:, :, 2]).unflatten(1, grid))
         assert_same(outputs, expected, inputs)
     finally:
         fused.CHUNK = work
@@ -246,6 +249,29 @@ def test_memory_grows_with_tokens_only(grad: bool) -> None:
     assert max(allocated) <= 2 * (14 / 8) * H * H * h * d * 4
 
 
+@pytest.mark.parametrize("rel_pos_bias", [False, True])
+def test_small_maps_are_masked_where_biases_get_no_gradient(
+    rel_pos_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = NeighborhoodAttention(16, 2, kernel_size=3, rel_pos_bias=rel_pos_bias).double().eval()
+    x, extra = torch.randn(2, 1 + 5 * 6, 16).double(), tuple(torch.randn(2, 2, 3, 8).double())
+    with torch.no_grad():
+        masked = module(x, (5, 6), (extra[0][None], extra[1][None]))
+    monkeypatch.setattr(neighborhood, "DENSE_TOKENS", 0)
+    monkeypatch.setattr(neighborhood, "attend_dense", None)
+    torch.testing.assert_close(masked, module(x, (5, 6), (extra[0][None], extra[1][None])).detach())
+
+
+def test_maps_that_tiles_are_better_for() -> None:
+    with mock.patch.object(neighborhood, "attend_fused", wraps=fused.attend_fused) as by_tiles, torch.no_grad():
+        for shape, kernel, expected in (((14, 14), 7, 0), ((28, 28), 7, 1), ((300,), 7, 1)):
+            function = {1: na1d, 2: na2d}[len(shape)]
+            function(*(torch.randn(1, *shape, 1, 4) for _ in range(3)), kernel)
+            assert by_tiles.call_count == expected, shape
+            by_tiles.reset_mock()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -268,10 +294,14 @@ def test_the_mean_of_many_large_values_fits_half_precision() -> None:
     assert torch.allclose(na2d(query, query, value, 19), value)
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("backend", "message"), [("tiled", "automatic differentiation"), ("auto", "derivative for .* not implemented")]
+)
+def test_second_derivatives_are_refused(backend: str, message: str) -> None:
     query = torch.randn(1, 5, 5, 1, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="automatic differentiation"):
-        torch.autograd.grad(na2d(query, query, query, 3).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        (grad,) = torch.autograd.grad(na2d(query, query, query, 3, backend=backend).sum(), query, create_graph=True)
+        grad.sum().backward()
 
 
 def test_all_ways_of_running_agree() -> None:

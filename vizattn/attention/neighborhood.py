@@ -13,6 +13,7 @@ Shapes: B batch, X, Y, Z sizes of the grid, N its tokens, P prefix tokens, h hea
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,14 +22,19 @@ from timm.layers import register_notrace_module, trunc_normal_  # type: ignore[a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.neighborhood_dense import attend_dense
 from vizattn.attention.neighborhood_fused import attend_fused
 from vizattn.attention.neighborhood_plain import attend_naive, attend_plain
-from vizattn.attention.neighborhood_tiles import Axis
+from vizattn.attention.neighborhood_tiles import Axis, tile_scores
 from vizattn.errors import VizattnError, unknown
 
 __all__ = ["NeighborhoodAttention", "fitting_axis", "na1d", "na2d", "na3d"]
 
 BACKENDS = ("auto", "natten", "reference", "tiled")
+
+#: Attention over all tokens, masked, is faster than tiles on a CPU if it has at most so many times their scores; and
+#: so many tokens, as masks grow with their square.
+DENSE_RATIO, DENSE_TOKENS = 3, 400
 
 
 def na1d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[int], **options: Any) -> Tensor:
@@ -49,7 +55,8 @@ def na2d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[
             dilation + k - 1 along each axis (None), ``additional_keys`` and ``additional_values`` (B, E, h, d) that
             every query attends to besides (None), and ``backend``: "tiled" (dense products over tiles of queries; any
             device), "natten" (that library's kernels: CUDA, installed, no `rpb`), "reference" (copies each window;
-            slow), or "auto": natten where possible, reference for tensors without data, else tiled.
+            slow), or "auto": natten where possible, reference for tensors without data, all tokens by all behind a
+            mask where the map is small and `rpb` gets no gradient, else tiled.
 
     Returns:
         (B, X, Y, h, d).
@@ -111,7 +118,7 @@ def _neighborhood(
         raise VizattnError(f"{function}: rpb must have the shape {table}, not {tuple(rpb.shape)}.")
     scale = d**-0.5 if scale is None else scale
 
-    backend = _chosen(backend, query, rpb, function)
+    asked, backend = backend, _chosen(backend, query, rpb, function)
     if backend == "natten":
         return _natten(function)(
             query,
@@ -130,7 +137,7 @@ def _neighborhood(
         key = torch.cat([additional_keys.to(key.dtype).expand(len(key), -1, -1, -1), key], dim=1)
         value = torch.cat([additional_values.to(key.dtype).expand(len(key), -1, -1, -1), value], dim=1)
     if _fusable(query, backend):
-        return attend_fused(rpb, windows, scale, query, key, value).unflatten(1, grid)
+        return _attend_fast(rpb, windows, scale, asked, query, key, value).unflatten(1, grid)
     # The queries of additional keys are never used.
     query = torch.cat([key[:, : key.shape[1] - query.shape[1]], query], dim=1)
     return _attend(torch.stack([query, key, value], dim=2), rpb, windows, scale, backend).unflatten(1, grid)
@@ -212,8 +219,19 @@ def _attend(
     if backend == "reference" or qkv.is_meta:
         return attend_naive(qkv, rpb, windows, scale)
     if dropout_p == 0 and _fusable(qkv, backend):
-        return attend_fused(rpb, windows, scale, qkv)
+        return _attend_fast(rpb, windows, scale, backend, qkv)
     return attend_plain(qkv, rpb, windows, scale, dropout_p)
+
+
+def _attend_fast(rpb: Tensor | None, windows: tuple[Axis, ...], scale: float, backend: str, *tokens: Tensor) -> Tensor:
+    """By tiles, or all at once where the map is small; torch's kernel for that has no gradient of biases."""
+    N = math.prod(axis.length for axis in windows)
+    small = backend != "tiled" and N <= DENSE_TOKENS and DENSE_RATIO * tile_scores(windows) >= N * N
+    if not small or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):
+        return attend_fused(rpb, windows, scale, *tokens)
+    query, key, value = tokens[0].unbind(2) if len(tokens) == 1 else tokens
+    with torch.autocast(query.device.type, enabled=False):
+        return attend_dense(rpb, windows, scale, query[:, query.shape[1] - N :], key, value)
 
 
 def _fusable(tokens: Tensor, backend: str) -> bool:

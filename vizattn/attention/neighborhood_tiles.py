@@ -18,7 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Tiles", "axis_tiles", "outer_sum", "product", "start_end", "tile_extent", "tile_sizes"]
+__all__ = [
+    "Axis",
+    "Tiles",
+    "axis_tiles",
+    "outer_sum",
+    "product",
+    "start_end",
+    "tile_extent",
+    "tile_scores",
+    "tile_sizes",
+]
 
 
 class Axis(NamedTuple):
@@ -82,6 +92,15 @@ def tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
         nanoseconds = tiles * queries * keys * score + copied * 130 + tiles * 200 + tiling[0][1] * 8_000
         best = min(best, (nanoseconds, tuple([row[0] for row in tiling])))
     return best[1]
+
+
+@functools.lru_cache(maxsize=64)
+def tile_scores(axes: tuple[Axis, ...]) -> int:
+    """Scores of all tiles together."""
+    extents = [tile_extent(axis, size) for axis, size in zip(axes, tile_sizes(axes))]
+    return math.prod(
+        axis.dilation * count * size * keys for axis, size, (count, keys) in zip(axes, tile_sizes(axes), extents)
+    )
 
 
 class Tiles(NamedTuple):
