@@ -187,13 +187,15 @@ def test_layer_head_and_place_are_chosen_in_a_browser(tmp_path: Path) -> None:
     page = write_attention(view(maps), tmp_path / "page")[0]
     page.write_text(page.read_text("utf-8").replace("</body>", PROBE + "</body>"), "utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    run = subprocess.run(
-        [str(BROWSER), *flags, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    said = re.search(r'<pre id="said">(.*?)</pre>', run.stdout, re.DOTALL)
+    for _ in range(3):  # on a busy machine the browser's time may run out before its pictures are decoded
+        run = subprocess.run(
+            [str(BROWSER), *flags, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if said := re.search(r'<pre id="said">(.*?)</pre>', run.stdout, re.DOTALL):
+            break
     assert said, run.stderr[-2000:]
     out, pressed = json.loads(html.unescape(said[1]))
 

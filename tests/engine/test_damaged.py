@@ -116,3 +116,14 @@ def test_a_loader_that_is_killed_ends_the_run_in_one_message(recipe: dict[str, A
             train(long, work_dir=tmp_path, quiet=True, progress=kill)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_connection_that_a_loader_loses_is_told_as_its_end(tmp_path: Path) -> None:
+    from multiprocessing import Pipe
+
+    here, there = Pipe()
+    there.close()
+    with pytest.raises(VizattnError, match="process that loads images ended"), distributed(torch.device("cpu")):
+        here.recv()
+    with pytest.raises(FileNotFoundError), distributed(torch.device("cpu")):
+        (tmp_path / "missing").read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import traceback
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -63,7 +64,7 @@ def distributed(device: torch.device) -> Iterator[None]:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         if told := _death_of_another(error):
             with suppress(ValueError):  # torch's handler would raise once more when further loaders end
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -74,13 +75,18 @@ def distributed(device: torch.device) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def _death_of_another(error: RuntimeError) -> str | None:
+def _death_of_another(error: Exception) -> str | None:
     """What to say of an error that only the end of another process makes; None of others."""
     text = str(error)
-    if "DataLoader worker" in text:
+    # A process that ends while it hands over a batch shows as a lost connection or socket.
+    lost = not isinstance(error, RuntimeError) and any(
+        frame.f_globals.get("__name__", "").startswith("multiprocessing.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    if lost or "DataLoader worker" in text:
         return (
-            f"A process that loads images ended, perhaps for want of memory: {text.strip()} Try again, a training with "
-            "--resume; if it happens again with a lower data.num_workers."
+            f"A process that loads images ended, perhaps for want of memory: {text.strip().rstrip('.')}. Try again, a "
+            "training with --resume; if it happens again with a lower data.num_workers."
         )
     if torch.distributed.is_initialized() and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
         return (
