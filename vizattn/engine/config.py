@@ -52,7 +52,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if warmup and warmup >= epochs:
         raise VizattnError(
             f"Option schedule.warmup_epochs is {warmup}, but the whole run has {epochs} epochs "
-            "(schedule.epochs): the warm-up must be shorter."
+            "(schedule.epochs): the warm-up must be shorter, as by --cfg-options schedule.warmup_epochs=0."
         )
     return resolved
 
