@@ -285,6 +285,14 @@ def test_wrong_types_in_the_config(bundle, changes):
         read_bundle(bundle)
 
 
+@pytest.mark.parametrize("left_out", [2.5, "depth", [3]])
+def test_wrong_names_of_arguments_in_the_config(bundle, left_out):
+    backbone = json.loads((bundle / CONFIG_NAME).read_text())["backbone"]
+    edit(bundle, backbone={**backbone, "args_left_out": left_out})
+    with pytest.raises(VizattnError, match="damaged"):
+        vizattn.create_from_bundle(bundle)
+
+
 WHERE = {
     "checkpoint_path": "other.pth",
     "pretrained_cfg": {"url": "https://example.org/other.pth"},

@@ -266,10 +266,13 @@ def _check_schema(folder: Path, config: dict[str, Any]) -> None:
     if not wrong:
         backbone, names = config["backbone"], config["class_names"]
         dtype = getattr(torch, str(backbone.setdefault("dtype", "float32")), None)
+        left_out = backbone.setdefault("args_left_out", [])
         if not (
             isinstance(backbone.get("name"), str)
             and isinstance(backbone.get("args"), dict)
             and isinstance(dtype, torch.dtype)
+            and isinstance(left_out, list)
+            and all(isinstance(name, str) for name in left_out)
         ):
             wrong.append("backbone")
         for a in config["adapters"]:
