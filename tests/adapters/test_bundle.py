@@ -268,6 +268,8 @@ WRONG_TYPES = [
     {"class_names": [1, 2, 3, 4, 5]},
     {"backbone": 3},
     {"backbone": {"name": 3, "args": {}}},
+    {"backbone": {"name": "a", "args": {}, "tag": 3}},
+    {"backbone": {"name": "a", "args": {}, "out_indices": 3}},
     {"adapters": []},
     {"adapters": ["vpt"]},
     {"adapters": [{"method": "vpt", "options": 3}]},
@@ -291,6 +293,14 @@ def test_wrong_names_of_arguments_in_the_config(bundle, left_out):
     edit(bundle, backbone={**backbone, "args_left_out": left_out})
     with pytest.raises(VizattnError, match="damaged"):
         vizattn.create_from_bundle(bundle)
+
+
+def test_an_option_that_no_memory_is_enough_for(bundle):
+    adapters = json.loads((bundle / CONFIG_NAME).read_text())["adapters"]
+    adapters[0] = {"method": "vpt", "options": {"num_tokens": 1 << 50}}
+    edit(bundle, adapters=adapters)
+    with pytest.raises(VizattnError, match="damaged: no vpt can be made with"):
+        vizattn.load_adapter(create("vit"), bundle)
 
 
 WHERE = {

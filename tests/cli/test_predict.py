@@ -208,6 +208,12 @@ def test_damaged_bundle(bundle: Path, pictures: Path, tmp_path: Path, capsys: Ca
     weights.write_bytes(weights.read_bytes()[:100])
     assert main(["predict", str(pictures), "--bundle", str(damaged)]) == 2
     assert str(damaged) in capsys.readouterr().err
+    shutil.copytree(bundle, damaged, dirs_exist_ok=True)
+    config = json.loads((damaged / "adapter_config.json").read_text())
+    config["backbone"]["args"]["global_pool"] = ""  # maps in the place of logits
+    (damaged / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["predict", str(pictures), "--bundle", str(damaged)]) == 2
+    assert "not one for each of its 4 classes" in capsys.readouterr().err
 
 
 def test_unusable_device_and_output(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -40,6 +40,10 @@ def test_a_flipped_bit_in_a_checkpoint_gives_way_to_the_one_before(tmp_path: Pat
     flip(newest, weight.numpy().tobytes())
     with pytest.raises(VizattnError, match=r"Cannot read the checkpoint .*iter_00000002.pth: .*not what was written"):
         read_checkpoint(newest)
+    whole = newest.with_name("iter_00000001.pth").read_bytes()
+    newest.write_bytes(whole.replace(b"/data/0", b"/dxta/0", 1))  # the name of a part, where torch does not look
+    with pytest.raises(VizattnError, match="Cannot read the checkpoint"):
+        read_checkpoint(newest)
     found = load_newest(tmp_path, logging.getLogger("test"))
     assert found is not None and found["iteration"] == 1
 

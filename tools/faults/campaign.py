@@ -28,6 +28,13 @@ class Trial:
     stage: Stage
     """What all cases share."""
     round: int
+    attempt: int = 0
+    """How often the moment was missed at which something should have been damaged."""
+
+    @property
+    def hurry(self) -> float:
+        """What waits are multiplied by: the undisturbed command may have run while the machine was busier."""
+        return 0.6**self.attempt
 
 
 @dataclass(frozen=True)

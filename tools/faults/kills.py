@@ -37,7 +37,8 @@ def _kill_once(trial: Trial, command: Command, args: list[str], usual: Undisturb
     running = Running(args, trial.folder, trial.stage.env(trial.folder), faults=faults, launcher=command.launcher)
     if how == "moment":
         first = usual.changes[0] if usual.changes and command is not EVAL else 0.5 * usual.seconds
-        moment, whole = trial.random.uniform(0.9 * first, usual.seconds), trial.random.random() < 0.5
+        moment = trial.random.uniform(0.9 * first, usual.seconds) * trial.hurry
+        whole = trial.random.random() < 0.5
         told = f"after {moment:.1f} s{'' if whole else ', it alone'}"
         while running.process.poll() is None and time.monotonic() < running.start + moment:
             time.sleep(0.01)
@@ -71,7 +72,7 @@ def _kill(command: Command) -> Callable[[Trial], Iterator[str | None]]:
         for number in range(8):
             folder = trial.folder / str(number)
             folder.mkdir()
-            told, problem = _kill_often(replace(trial, folder=folder), command, wanted)
+            told, problem = _kill_often(replace(trial, folder=folder, attempt=number), command, wanted)
             if told or problem:
                 yield f"killed {', '.join(told)}: {problem}" if problem else None
                 yield from [None] * (len(told) - 1)

@@ -39,7 +39,7 @@ def _at_work(running: Running, command: Command, trial: Trial) -> None:
     usual, out = undisturbed(trial.stage, command), trial.folder / "out"
     while running.process.poll() is None and not (out.is_dir() and any(out.iterdir())):
         time.sleep(0.02)
-    moment = time.monotonic() + trial.random.uniform(0, 0.7 * (usual.changes[-1] - usual.changes[0]))
+    moment = time.monotonic() + trial.random.uniform(0, 0.7 * (usual.changes[-1] - usual.changes[0])) * trial.hurry
     while running.process.poll() is None and time.monotonic() < moment:
         time.sleep(0.02)
 
@@ -75,7 +75,7 @@ def _again(attempt: Callable[[Trial], str | None]) -> Callable[[Trial], Iterator
             folder = trial.folder / str(number)
             folder.mkdir()
             with contextlib.suppress(_NobodyThereError):
-                yield attempt(replace(trial, folder=folder))
+                yield attempt(replace(trial, folder=folder, attempt=number))
                 return
         yield "there was never a process to kill"
 

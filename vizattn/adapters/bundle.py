@@ -270,6 +270,8 @@ def _check_schema(folder: Path, config: dict[str, Any]) -> None:
         if not (
             isinstance(backbone.get("name"), str)
             and isinstance(backbone.get("args"), dict)
+            and isinstance(backbone.setdefault("tag", None), str | None)
+            and isinstance(backbone.get("out_indices"), list | None)
             and isinstance(dtype, torch.dtype)
             and isinstance(left_out, list)
             and all(isinstance(name, str) for name in left_out)
@@ -321,7 +323,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
         if map_source(model) is None and getattr(inner, "num_classes", 0) != config["num_classes"]:
             replace_head(inner, config["num_classes"], head)
         for adapter in config["adapters"]:
-            attach(model, adapter["method"], keep_original=keep_original, **adapter["options"])
+            _attach(folder, model, adapter, keep_original)
         expected = _changing(inner)
         if config["segmenter"] is not None:
             segmenter = _without_values(folder, model, config["segmenter"])
@@ -352,6 +354,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     heads = {name: state[f"heads.{name}"].to(like.device) for name in segmenter.head_state()}
     segmenter.load_state_dict(heads, strict=False, assign=True)
     return segmenter.train(training)
+
+
+def _attach(folder: Any, model: nn.Module, adapter: dict[str, Any], keep_original: bool) -> None:
+    try:
+        attach(model, adapter["method"], keep_original=keep_original, **adapter["options"])
+    except VizattnError:
+        raise
+    except Exception as error:  # such as memory for a number of tokens that nobody trained
+        raise VizattnError(
+            f"{Path(folder) / CONFIG_NAME} is damaged: no {adapter['method']} can be made with {adapter['options']}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _without_values(folder: Any, backbone: nn.Module, head_config: dict[str, Any]) -> Segmenter:

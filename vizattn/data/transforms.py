@@ -106,8 +106,8 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             raise VizattnError(f"The preprocessing's {key} must be three numbers, not {settings[key]!r}.")
     if 0 in settings["std"]:
         raise VizattnError("The preprocessing's std must not be 0.")
-    if crop_pct is not None and not (isinstance(crop_pct, int | float) and crop_pct > 0):
-        raise VizattnError(f"The preprocessing's crop_pct must be a number above 0, not {crop_pct!r}.")
+    if crop_pct is not None and not (isinstance(crop_pct, int | float) and 0.1 <= crop_pct <= 10):
+        raise VizattnError(f"The preprocessing's crop_pct must be a number from 0.1 to 10, not {crop_pct!r}.")
     if settings["interpolation"] not in _INTERPOLATIONS:
         raise unknown("interpolation", settings["interpolation"], _INTERPOLATIONS)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     check_regular(path)
     try:
-        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch says what it is instead
-            if damaged := archive.testzip():  # torch writes checksums and does not look at them
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK" and (damaged := zipfile.ZipFile(file).testzip()):
+                # torch writes these checksums and does not look at them
                 raise VizattnError(f"{damaged} in it is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -110,7 +110,7 @@ BY_TASK: dict[str, dict[str, Option]] = {
         "data.name": Option("scenes", (str,), _datasets("segmentation")),
         "data.augment": Option("none", (str,), _joint_augmentations),
         "data.crop_size": Option(None, (int, list, _NONE)),
-        "data.short_side": Option(None, (int, _NONE), least=1),
+        "data.short_side": Option(None, (int, _NONE), least=1, most=65_536),
         "optimizer.head_lr_mult": Option(1.0, (float,), above=0.0),
         "loss.dice": Option(0.0, (float,), least=0.0),
         "loss.auxiliary": Option(0.4, (float,), least=0.0),

@@ -110,7 +110,13 @@ class Predictor:
         """Of each image, (3, H, W) as `transform` gives it: `class` and `probability` of the likeliest, best first."""
         device = next(self.trained.model.parameters()).device
         with torch.inference_mode(), memory_errors():
-            probabilities = self.trained.model(torch.stack(list(inputs)).to(device)).float().softmax(-1).cpu()
+            logits = self.trained.model(torch.stack(list(inputs)).to(device)).float()
+        if logits.shape != (len(inputs), len(self.class_names)):
+            raise VizattnError(
+                f"The model gives {tuple(logits.shape)} numbers of {len(inputs)} images, and not one for each of its "
+                f"{len(self.class_names)} classes: its pooling or its head is not that of a classifier."
+            )
+        probabilities = logits.softmax(-1).cpu()
         return [self._best(row, top_k, "probability") for row in probabilities]
 
     def segment(self, image: Image.Image, top_k: int) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -60,7 +60,7 @@ def predict_map(
     """
     if image.ndim != 3:
         raise VizattnError(f"Prediction takes one image (3, H, W), got a tensor of shape {tuple(image.shape)}.")
-    if not scales or min(scales) <= 0:
+    if not scales or not all(isinstance(scale, int | float) and scale > 0 for scale in scales):
         raise VizattnError(f"Scales of test-time augmentation must be positive, got {tuple(scales)}.")
     size = (image.shape[1], image.shape[2])
     out_size = out_size or size

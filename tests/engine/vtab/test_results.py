@@ -82,17 +82,26 @@ def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
 
 
 def test_lines_without_a_checksum_count_if_tables_can_be_made_of_them(tmp_path: Path) -> None:
-    about = dict.fromkeys(("suite", "task", "backbone", "method", "row", "stage"), "x") | {"setting": {}, "format": 1}
+    about = dict.fromkeys(("suite", "task", "backbone", "method", "row", "stage"), "x") | {
+        "setting": {},
+        "adapter": None,
+        "format": 1,
+    }
     measured = {"accuracy": 0.5, "samples": 3, "seconds": 1.0, "peak_memory_mb": 2.0}
     whole = line("a", **about, **measured, params={"with_head": 2, "without_head": 1})
     lacking = [{key: value for key, value in whole.items() if key != name} for name in measured]
-    others = [{**whole, "params": {"with_head": 2}}, {**whole, "accuracy": "0.5"}, {**whole, "setting": None}]
+    others = [
+        {**whole, "params": {"with_head": 2}},
+        {**whole, "accuracy": "0.5"},
+        {**whole, "setting": None},
+        {**whole, "adapter": [3]},
+    ]
     for place, entry in enumerate([*lacking, *others]):
         entry["cell"] = str(place)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*lacking, whole, *others]))
     results = Results(tmp_path)
     results.read()
-    assert [entry["cell"] for entry in results.cells()] == ["a"] and results.torn == 7
+    assert [entry["cell"] for entry in results.cells()] == ["a"] and results.torn == 8
 
 
 def test_a_newer_format_is_told(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ Line = dict[str, Any]
 
 _FORMAT = 1
 _RUN = {"id": str, "versions": dict, "command": str, "weights": str, "preprocessing": dict}
-_CELL = dict.fromkeys(("cell", "suite", "task", "backbone", "method", "row", "stage"), str) | {"setting": dict}
+_CELL: dict[str, Any] = dict.fromkeys(("cell", "suite", "task", "backbone", "method", "row", "stage"), str)
+_CELL |= {"setting": dict, "adapter": dict | list | None}
 _FAILED = {**_CELL, "time": float, "reason": str}
 _DONE = {**_CELL, "accuracy": float, "samples": int, "params": dict, "seconds": float, "peak_memory_mb": float}
 
@@ -46,11 +47,13 @@ def _check(line: Line) -> None:
     """
     needed = _RUN if line["kind"] == "run" else _DONE if line["status"] == "done" else _FAILED
     values = [(line[name], kind) for name, kind in needed.items()]
+    if isinstance(line.get("adapter"), list):
+        values += [(entry, dict) for entry in line["adapter"]]
     if needed is _DONE:
         values += [(line["params"][which], int) for which in ("with_head", "without_head")]
     for value, kind in values:
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise TypeError(f"{value!r} is no {kind.__name__}")
+        if not isinstance(value, int | float if kind is float else kind):
+            raise TypeError(f"{value!r} is no {kind}")
 
 
 class Results:
