@@ -99,6 +99,7 @@ def test_identity_holds_no_memory_address(crop_mode):
         ({"input_size": [3, 32, 0]}, "none", r"input_size must be \[3, height, width\]"),
         ({"mean": None}, "none", "mean must be three numbers"),
         ({"std": [1, 1, 0]}, "none", "std must not be 0"),
+        ({"input_size": [3, 10**30, 32]}, "none", r"input_size must be \[3, height, width\]"),
         ({"crop_pct": 1e308}, "none", "crop_pct must be a number from 0.1 to 10"),
         ({"crop_pct": "all"}, "none", "crop_pct must be a number from 0.1 to 10"),
     ],

@@ -203,6 +203,7 @@ def test_a_backbone_of_one_size_predicts_large_and_small_images_by_windows() -> 
         ({"scales": ()}, "must be positive"),
         ({"scales": (1.0, 0.0)}, "must be positive"),
         ({"scales": ("1.0", [2])}, "must be positive"),
+        ({"scales": (1e308,)}, "at most 100"),
         ({"model_stride": 8}, "gave 8x8 logits, where a model of stride 8 gives 4x4"),
         ({"mode": "slide", "crop_size": (16, 16), "stride": (8, 8), "model_stride": 8}, "of stride 8 gives 2x2"),
     ],

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 AUGMENTATIONS = ("none", "light", "standard")
+_LARGEST = 65_536
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.ToImage, v2.ToDtype, v2.Normalize, ResizeKeepRatio, CenterCropOrPad)
@@ -99,8 +100,10 @@ def check_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_values(settings: Mapping[str, Any]) -> None:
     size, crop_pct = settings["input_size"], settings["crop_pct"]
-    if not _is_sequence(size, int, 3) or min(size) < 1 or size[0] != 3:
-        raise VizattnError(f"The preprocessing's input_size must be [3, height, width] in pixels, not {size!r}.")
+    if not _is_sequence(size, int, 3) or min(size) < 1 or max(size) > _LARGEST or size[0] != 3:
+        raise VizattnError(
+            f"The preprocessing's input_size must be [3, height, width] in pixels up to {_LARGEST}, not {size!r}."
+        )
     for key in ("mean", "std"):
         if not _is_sequence(settings[key], int | float, 3):
             raise VizattnError(f"The preprocessing's {key} must be three numbers, not {settings[key]!r}.")

@@ -60,8 +60,8 @@ def predict_map(
     """
     if image.ndim != 3:
         raise VizattnError(f"Prediction takes one image (3, H, W), got a tensor of shape {tuple(image.shape)}.")
-    if not scales or not all(isinstance(scale, int | float) and scale > 0 for scale in scales):
-        raise VizattnError(f"Scales of test-time augmentation must be positive, got {tuple(scales)}.")
+    if not scales or not all(isinstance(scale, int | float) and 0 < scale <= 100 for scale in scales):
+        raise VizattnError(f"Scales of test-time augmentation must be positive and at most 100, got {tuple(scales)}.")
     size = (image.shape[1], image.shape[2])
     out_size = out_size or size
     model_stride = model_stride or getattr(model, "stride", None)
