@@ -234,7 +234,7 @@ def test_blocks_when_the_stride_is_the_window() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_memory_grows_with_tokens_only(grad: bool) -> None:
-    """No copy of the keys for each query (49 each): nothing exceeds the keys and values by column of tiles."""
+    """No copy of the keys for each query (49 each): nothing exceeds what a row of tiles needs."""
     H, h, d, k = 48, 2, 16, 7
     query, key, value = (torch.randn(1, H, H, h, d, requires_grad=grad) for _ in range(3))
     rpb = torch.randn(h, 2 * k - 1, 2 * k - 1, requires_grad=grad)
@@ -245,8 +245,8 @@ def test_memory_grows_with_tokens_only(grad: bool) -> None:
             output.sum().backward()
     allocated = [e.self_cpu_memory_usage for e in profile.events()]  # type: ignore[union-attr]
     assert max(allocated) > 0
-    # Tiles of 4 x 8 queries see 14 columns; copies of keys and values are one allocation of floats.
-    assert max(allocated) <= 2 * (14 / 8) * H * H * h * d * 4
+    # Tiles of 8 x 4 queries see 14 rows of 10 columns; keys and values, of this row and the last, are one allocation.
+    assert max(allocated) <= 4 * (14 / H) * (10 / 4) * H * H * h * d * 4
 
 
 @pytest.mark.parametrize("rel_pos_bias", [False, True])
@@ -286,6 +286,25 @@ def test_half_precision(dtype: torch.dtype) -> None:
     for grad, expected_grad in zip(grads, torch.autograd.grad(expected.pow(2).sum(), wide)):
         assert (grad.double() - expected_grad).norm() < 0.05 * expected_grad.norm()
     assert grads[3].dtype == torch.float32
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("row", [0, 11])
+def test_scores_whose_exponentials_leave_the_range_of_floats(sign: int, row: int) -> None:
+    """From one row on, all scores are near 2,000, or -2,000: their exponentials are infinite, or 0."""
+    query, key, value = (draw(i, 1, 30, 5, 2, 4).float().detach() for i in range(3))
+    query[:, row:, ..., 0], key[..., 0] = 40, sign * 100
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    output, expected = na2d(*inputs, 3, backend="tiled"), naive(*wide, [(3, 1, 1, False)] * 2)
+    with mock.patch.object(neighborhood, "DENSE_TOKENS", 0):
+        outputs = [output, na2d(*inputs, 3)]
+    cotangent = draw(9, *expected.shape).detach()
+    expected_grads = torch.autograd.grad(expected, wide, cotangent)
+    for output in outputs:
+        torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)  # scores are exact to 2e-4
+        for grad, expected_grad in zip(torch.autograd.grad(output, inputs, cotangent.float()), expected_grads):
+            assert (grad.double() - expected_grad).norm() < 1e-3 * expected_grad.norm()
 
 
 def test_the_mean_of_many_large_values_fits_half_precision() -> None:

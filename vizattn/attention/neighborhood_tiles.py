@@ -72,8 +72,9 @@ def tile_extent(axis: Axis, size: int) -> tuple[int, int]:
 def tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
     """Queries of a tile along each axis: those that take the least time by what was measured on a CPU.
 
-    A score costs least where queries come by 32. Along all axes but the first, keys are copied for each tile that sees
-    them, so tiles there are not smaller than half a window, which bounds the copies.
+    Scores cost least where queries come by 16 or 32; to gather a key costs as much as some scores; and rows of tiles,
+    along the first axis, are worked on one after the other. Tiles along the others are not smaller than half a window,
+    or a key would be gathered too often.
     """
     choices = []
     for number, axis in enumerate(axes):
@@ -87,9 +88,8 @@ def tile_sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
     best: tuple[float, tuple[int, ...]] = (math.inf, ())
     for tiling in itertools.product(*choices):
         queries, tiles, keys = (math.prod([row[i] for row in tiling]) for i in range(3))
-        copied = axes[0].length * math.prod([row[1] * row[2] for row in tiling[1:]])
-        score = 3.2 + 25 / queries + 6 * (queries % 32) / queries
-        nanoseconds = tiles * queries * keys * score + copied * 130 + tiles * 200 + tiling[0][1] * 8_000
+        score = 5.5 + 16 / queries + (0.4 if queries % 16 else 0)
+        nanoseconds = tiles * (keys * (queries * score + 40) + 3_000) + tiling[0][1] * 20_000
         best = min(best, (nanoseconds, tuple([row[0] for row in tiling])))
     return best[1]
 
