@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import set_fused_attn
 from torch import Tensor
 
 from vizattn import VizattnError
@@ -153,7 +154,10 @@ def test_function_equals_the_definition(
         ]
     )
     output = agent_attention(query, key, value, agents, *biases)
-    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        unlearnt = agent_attention(query, key, value, agents, *biases)
+    for found in (output, unlearnt):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     inputs, cotangent = [query, key, value, agents, *biases], draw(seed + 6, B, h, N, d + 1).detach()
     grads = torch.autograd.grad((output * cotangent).sum(), inputs)
     for grad, expected_grad in zip(grads, torch.autograd.grad((expected * cotangent).sum(), inputs)):
@@ -188,6 +192,12 @@ def test_module_equals_the_definition(
     output = module(x, grid, module.project_kv(more) if extra else None)
     expected = naive_module(module, x, grid, more[0] if extra else None)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    module.requires_grad_(False)
+    frozen = module(x, grid, module.project_kv(more) if extra else None)
+    torch.testing.assert_close(frozen, expected, rtol=1e-10, atol=1e-12)
+    expected_grad = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), x)[0], expected_grad, rtol=1e-8, atol=1e-10)
+    module.requires_grad_()
 
     inputs = [x, *module.parameters(), *([more] if extra else [])]
     grads = torch.autograd.grad(output.pow(2).sum(), inputs, allow_unused=True)
@@ -206,11 +216,18 @@ def test_weights_sum_to_one() -> None:
     torch.testing.assert_close(over_agents.sum(2), torch.ones(2, 3, 7).double())
 
 
-def test_both_maps_can_be_read() -> None:
-    module = AgentAttention(8, 2, (3, 4), num_agents=4).eval()
+def test_both_maps_can_be_read_when_not_fused() -> None:
+    set_fused_attn(False)
+    try:
+        module = AgentAttention(8, 2, (3, 4), num_agents=4).eval()
+    finally:
+        set_fused_attn(True)
     maps: list[tuple[int, ...]] = []
     module.attn_drop.register_forward_hook(lambda _module, _inputs, output: maps.append(tuple(output.shape)))
-    module(torch.randn(1, 12, 8), (3, 4))
+    x = torch.randn(1, 12, 8)
+    output = module(x, (3, 4))
+    module.fused_attn = True
+    torch.testing.assert_close(module(x, (3, 4)), output)
     assert sorted(maps) == [(1, 2, 4, 12), (1, 2, 4, 12)]
 
 

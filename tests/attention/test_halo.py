@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,8 @@ from reference import load, normal_input, relative_error, weights
 from torch import Tensor
 
 from vizattn import VizattnError
-from vizattn.attention import HaloAttention, HaloAttention2d, halo_attention, softmax_attention
+from vizattn.attention import HaloAttention, HaloAttention2d, halo_attention, halo_fused, softmax_attention
+from vizattn.attention import halo as halo_module
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -59,10 +62,11 @@ def naive_halo(
     halo=st.integers(0, 3),
     stride=st.integers(1, 2),
     E=st.integers(0, 2),
+    chunk=st.sampled_from([1, 200, 1 << 18]),
     seed=st.integers(0, 99),
 )
 def test_function_equals_the_definition(
-    B: int, h: int, H: int, W: int, half_block: int, halo: int, stride: int, E: int, seed: int
+    B: int, h: int, H: int, W: int, half_block: int, halo: int, stride: int, E: int, chunk: int, seed: int
 ) -> None:
     d, e, block = 3, 4, half_block * 2
     query = draw(seed, B, h, -(-H // stride), -(-W // stride), d)
@@ -72,15 +76,49 @@ def test_function_equals_the_definition(
     extra = (draw(seed + 5, 1, h, E, d), draw(seed + 6, 1, h, E, e)) if E else None
     inputs = [query, key, value, *tables, *(extra or ())]
     expected = naive_halo(query, key, value, tables, (block, halo, stride), extra)
-    output = halo_attention(query, key, value, *tables, block, halo, stride, extra_kv=extra)
-    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
-    cotangent = draw(seed + 7, *output.shape).detach()
-    grads, expected_grads = (
-        torch.autograd.grad((y * cotangent).sum(), inputs, allow_unused=True, materialize_grads=True)
-        for y in (output, expected)
-    )
-    for grad, expected_grad in zip(grads, expected_grads):
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-11)
+
+    def ours() -> Tensor:
+        return halo_attention(query, key, value, *tables, block, halo, stride, extra_kv=extra)
+
+    with mock.patch.object(halo_fused, "CHUNK", chunk):
+        by_rows = ours()
+    with mock.patch.object(halo_module, "_by_rows", lambda _: False):
+        at_once = ours()
+    cotangent = draw(seed + 7, *expected.shape).detach()
+    expected_grads = torch.autograd.grad(expected, inputs, cotangent, allow_unused=True, materialize_grads=True)
+    for output in (by_rows, at_once):
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+        grads = torch.autograd.grad(output, inputs, cotangent, allow_unused=True, materialize_grads=True)
+        for grad, expected_grad in zip(grads, expected_grads):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-11)
+
+
+def test_all_ways_to_derive_agree() -> None:
+    """Backward, twice, forward, by torch.func, and inside autocast."""
+    inputs = [draw(i, 1, 2, 3, 4, 3) for i in range(3)] + [draw(i, 7, 3) for i in (3, 4)]
+
+    def function(*inputs: Tensor) -> Tensor:
+        return halo_attention(*inputs, block_size=2, halo_size=1)
+
+    torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(function, inputs)
+    expected = torch.autograd.grad(function(*inputs).pow(2).sum(), inputs)
+    by_func = torch.func.grad(lambda *x: function(*x).pow(2).sum(), argnums=tuple(range(5)))(*inputs)
+    torch.testing.assert_close(by_func, expected)
+    key = inputs[1].detach()
+    grads = torch.autograd.grad(function(inputs[0], key, *inputs[2:]).pow(2).sum(), [inputs[0], *inputs[2:]])
+    torch.testing.assert_close(grads, (expected[0], *expected[2:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    inputs = [draw(i, 1, 2, 9, 10, 8) for i in range(3)] + [draw(i, 15, 8) for i in (3, 4)]
+    narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    output, expected = halo_attention(*narrow, 4, 2), halo_attention(*inputs, 4, 2)
+    torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.05)
+    grads = torch.autograd.grad(output.float().pow(2).sum(), narrow)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.pow(2).sum(), inputs)):
+        assert (grad.double() - expected_grad).norm() < 0.05 * expected_grad.norm()
 
 
 @pytest.mark.parametrize("odd", [1, 3])

@@ -56,6 +56,35 @@ def test_function_equals_the_definition(B: int, h: int, N: int, M: int, d: int, 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_all_ways_to_derive_agree(temperature: float | None) -> None:
+    """Backward, twice, forward, by torch.func, and in part."""
+    inputs = [draw(i, 2, 2, 5, 3) for i in range(3)]
+    if temperature is not None:
+        inputs.append(torch.full((2, 1, 1), temperature, dtype=torch.float64, requires_grad=True))
+
+    def function(*inputs: Tensor) -> Tensor:
+        return linear_attention(*inputs, min_sum=2.0)  # type: ignore[misc]  # some sums are above it
+
+    torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(function, inputs)
+    expected = torch.autograd.grad(function(*inputs).pow(2).sum(), inputs)
+    by_func = torch.func.grad(lambda *x: function(*x).pow(2).sum(), argnums=tuple(range(len(inputs))))(*inputs)
+    for i, x in enumerate(inputs):
+        alone = [y if y is x else y.detach() for y in inputs]
+        torch.testing.assert_close(torch.autograd.grad(function(*alone).pow(2).sum(), x)[0], expected[i])
+        torch.testing.assert_close(by_func[i], expected[i])
+
+
+def test_backward_inside_autocast() -> None:
+    inputs = [draw(i, 2, 2, 5, 3).float().detach().requires_grad_() for i in range(3)]
+    expected = torch.autograd.grad(linear_attention(*inputs).sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(linear_attention(*inputs).sum(), inputs)
+    for grad, expected_grad in zip(grads, expected):
+        torch.testing.assert_close(grad, expected_grad)
+
+
 @settings(max_examples=15, deadline=None)
 @given(B=st.integers(1, 2), h=st.integers(1, 3), N=st.integers(1, 6), bias=st.booleans(), qk_norm=st.booleans())
 def test_module_equals_the_definition(B: int, h: int, N: int, bias: bool, qk_norm: bool) -> None:

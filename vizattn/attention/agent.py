@@ -9,12 +9,13 @@ d channels a head, C = h * d, A agents.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import (
     register_notrace_module,  # type: ignore[attr-defined]
     trunc_normal_,
+    use_fused_attn,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,8 +34,7 @@ def agent_weights(
 ) -> tuple[Tensor, Tensor]:
     """Both attention maps: of agents over keys, and of queries over agents.
 
-    The products are explicit: with few agents the maps are small, and a learnt bias would keep torch's fused kernels
-    for the CPU away in training. The second map is held by agents, so that its softmax runs along the many queries.
+    The second map is held by agents, so that its softmax runs along the many queries.
 
     Args:
         query: (B, h, N, d).
@@ -67,6 +67,9 @@ def agent_attention(
 ) -> Tensor:
     """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
+    The maps are made where dropout acts on them or a bias learns, which keeps torch's fused kernels for the CPU away.
+    Time and memory are linear in N and M, by A.
+
     Args:
         query: (B, h, N, d).
         key: (B, h, M, d).
@@ -79,6 +82,13 @@ def agent_attention(
     Returns:
         (B, h, N, e).
     """
+    learning = torch.is_grad_enabled() and (
+        (key_bias is not None and key_bias.requires_grad) or (query_bias is not None and query_bias.requires_grad)
+    )
+    if dropout_p == 0 and not learning:
+        collected = F.scaled_dot_product_attention(agents, key, value, attn_mask=key_bias)
+        query_bias = None if query_bias is None else query_bias.transpose(-2, -1)
+        return F.scaled_dot_product_attention(query, agents, collected, attn_mask=query_bias)
     over_keys, over_agents = agent_weights(query, key, agents, key_bias, query_bias)
     if dropout_p > 0:
         over_keys, over_agents = F.dropout(over_keys, dropout_p), F.dropout(over_agents, dropout_p)
@@ -115,6 +125,8 @@ class AgentAttention(nn.Module):
         VizattnError: `num_heads` does not divide `dim`, `num_agents` is not a square, or `grid_size` is missing.
     """
 
+    fused_attn: Final[bool]
+
     def __init__(
         self,
         dim: int,
@@ -142,6 +154,7 @@ class AgentAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = math.isqrt(num_agents)
+        self.fused_attn = use_fused_attn()
 
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
@@ -227,9 +240,13 @@ class AgentAttention(nn.Module):
             E = extra_kv[0].shape[2]
             key = torch.cat([extra_kv[0].to(key.dtype).expand(B, -1, -1, -1), key], dim=2)
             value = torch.cat([extra_kv[1].to(value.dtype).expand(B, -1, -1, -1), value], dim=2)
-        over_keys, over_agents = agent_weights(query, key, agents, *self._biases(H, W, P, E, query.dtype))
-        # Both maps pass through a module, where hooks can read them.
-        x = self.attn_drop(over_agents).transpose(-2, -1) @ (self.attn_drop(over_keys) @ value)
+        key_bias, query_bias = self._biases(H, W, P, E, query.dtype)
+        if self.fused_attn:
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            x = agent_attention(query, key, value, agents, key_bias, query_bias, dropout_p)
+        else:  # both maps pass through a module, where hooks can read them
+            over_keys, over_agents = agent_weights(query, key, agents, key_bias, query_bias)
+            x = self.attn_drop(over_agents).transpose(-2, -1) @ (self.attn_drop(over_keys) @ value)
         x = x.transpose(1, 2).reshape(B, N, C)
         x = x + (F.pad(local, (0, 0, P, 0)) if P > 0 else local)
         return self.proj_drop(self.proj(x))

@@ -12,6 +12,9 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.eager import eager
+from vizattn.attention.halo_fused import attend_blocks
+from vizattn.attention.halo_plain import attend_plain
 from vizattn.attention.softmax import softmax_attention
 from vizattn.errors import VizattnError
 
@@ -24,20 +27,11 @@ def _axis_windows(blocks: int, block_size: int, halo_size: int, device: torch.de
     return first.unsqueeze(1) + torch.arange(block_size + 2 * halo_size, device=device)
 
 
-def _windows(x: Tensor, block_size: int, halo_size: int, n: int, m: int) -> Tensor:
-    """(B, h, H, W, d) -> (B * h * n * m, w * w, d): the neighborhoods of all blocks, zeros outside the map.
-
-    Looked up like words, because the backward pass of `Tensor.unfold` takes ten times longer than that of a look-up.
-    """
-    B, h, H, W, d = x.shape
-    right, bottom = m * block_size - W + halo_size, n * block_size - H + halo_size
-    x = F.pad(x, [0, 0, halo_size, right, halo_size, bottom])
-    height, width = x.shape[2], x.shape[3]
-    rows = (_axis_windows(n, block_size, halo_size, x.device) + halo_size) * width
-    columns = _axis_windows(m, block_size, halo_size, x.device) + halo_size
-    pixels = (rows.view(n, 1, -1, 1) + columns.view(m, 1, -1)).view(n * m, -1)
-    maps = torch.arange(B * h, device=x.device) * (height * width)
-    return F.embedding((maps.view(-1, 1, 1) + pixels).flatten(0, 1), x.reshape(-1, d))
+def _filled(x: Tensor, block_size: int, halo_size: int) -> Tensor:
+    """(B, h, H, W, d) -> the same with a halo of zeros around a map of whole blocks."""
+    H, W = x.shape[2], x.shape[3]
+    bottom, right = -(-H // block_size) * block_size - H, -(-W // block_size) * block_size - W
+    return F.pad(x, [0, 0, halo_size, right + halo_size, halo_size, bottom + halo_size])
 
 
 def _relative_logits(query: Tensor, table: Tensor, window: int, stride: int) -> Tensor:
@@ -90,33 +84,38 @@ def halo_attention(
     query = F.pad(query, [0, 0, 0, m * q - columns, 0, n * q - rows])
     query = query.reshape(B, h, n, q, m, q, d).transpose(3, 4)  # (B, h, n, m, q, q, d)
 
-    vertical = _relative_logits(query.transpose(4, 5), height_rel, window, stride).transpose(4, 5).contiguous()
+    vertical = _relative_logits(query.transpose(4, 5), height_rel, window, stride).transpose(4, 5)
     horizontal = _relative_logits(query, width_rel, window, stride)
     if mask_padding:
+        unseen = torch.finfo(vertical.dtype).min / 4  # finite, for it is multiplied by zeros
         y = _axis_windows(n, block_size, halo_size, query.device).view(n, 1, 1, 1, window)
-        vertical = vertical.masked_fill((y < 0) | (y >= H), float("-inf"))
+        vertical = vertical.masked_fill((y < 0) | (y >= H), unseen)
         x = _axis_windows(m, block_size, halo_size, query.device).view(m, 1, 1, window)
-        horizontal = horizontal.masked_fill((x < 0) | (x >= W), float("-inf"))
-    bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).reshape(-1, q * q, window * window)
+        horizontal = horizontal.masked_fill((x < 0) | (x >= W), unseen)
 
-    key = _windows(key, block_size, halo_size, n, m)
-    value = _windows(value, block_size, halo_size, n, m)
-    if extra_kv is not None:
-        extra_key, extra_value = extra_kv
-        E = extra_key.shape[2]
-        extra_key = extra_key.to(key.dtype).expand(B, h, E, d).unsqueeze(2).expand(B, h, n * m, E, d)
-        extra_value = extra_value.to(value.dtype).expand(B, h, E, -1).unsqueeze(2).expand(B, h, n * m, E, -1)
-        key = torch.cat([key, extra_key.reshape(-1, E, d)], dim=1)
-        value = torch.cat([value, extra_value.reshape(-1, E, value.shape[-1])], dim=1)
-        bias = F.pad(bias, [0, E])
-    query = (query * d**-0.5).reshape(-1, q * q, d)
-    # In place: the logits are by far the largest tensor. Autocast leaves it alone, so the types are made to match here.
-    logits = bias.baddbmm_(query.to(bias.dtype), key.to(bias.dtype).transpose(1, 2))
-    weights = logits.softmax(dim=-1)
-    if dropout_p > 0:
-        weights = F.dropout(weights, dropout_p)
-    x = (weights @ value).view(B, h, n, m, q, q, -1).transpose(3, 4).reshape(B, h, n * q, m * q, -1)
+    if extra_kv is None:
+        extra_kv = (key.new_empty(B, h, 0, d), value.new_empty(B, h, 0, value.shape[-1]))
+    blocks = (
+        query.flatten(4, 5).flatten(0, 1).transpose(0, 1),
+        torch.cat([vertical, horizontal], dim=-1).flatten(4, 5).flatten(0, 1).transpose(0, 1),
+        _filled(key, block_size, halo_size).flatten(0, 1),
+        _filled(value, block_size, halo_size).flatten(0, 1),
+        extra_kv[0].to(key.dtype).expand(B, h, -1, -1).flatten(0, 1),
+        extra_kv[1].to(value.dtype).expand(B, h, -1, -1).flatten(0, 1),
+        block_size,
+    )
+    if torch.jit.is_scripting() or dropout_p > 0 or not _by_rows(blocks):
+        x = attend_plain(*blocks, dropout_p)
+    else:
+        x = attend_blocks(*blocks)
+    x = x.transpose(0, 1).reshape(B, h, n, m, q, q, -1).transpose(3, 4).reshape(B, h, n * q, m * q, -1)
     return x[:, :, :rows, :columns]
+
+
+@torch.jit.unused
+def _by_rows(blocks: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]) -> bool:
+    """Whether to compute a row of blocks at a time, which is for a CPU's caches."""
+    return blocks[2].device.type == "cpu" and blocks[2].dtype != torch.float16 and eager(*blocks[:-1])
 
 
 def _checked(block_size: int, halo_size: int, stride: int) -> int:

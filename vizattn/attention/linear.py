@@ -15,6 +15,7 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.eager import eager
 from vizattn.errors import VizattnError
 
 __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
@@ -43,8 +44,8 @@ def linear_attention(
         device_type = query.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return _linear_attention(query, key, value, temperature, min_sum)
-        return _linear_attention(query, key, value, temperature, min_sum)
+                return _in_eager_mode(query, key, value, temperature, min_sum)
+        return _in_eager_mode(query, key, value, temperature, min_sum)
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
@@ -55,6 +56,59 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Te
         context = context * temperature
     total = query @ key.sum(dim=2).unsqueeze(-1)  # (B, h, N, 1)
     return (query @ context / total.clamp(min=min_sum)).to(value.dtype)
+
+
+@torch.jit.unused
+def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
+    inputs = [x for x in (query, key, value, temperature) if x is not None]
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    wide = value.dtype in (torch.float32, torch.float64) and all(x.dtype == value.dtype for x in inputs)
+    function = _Attend.apply if learning and wide and eager(*inputs) else _linear_attention
+    return function(query, key, value, temperature, min_sum)
+
+
+class _Attend(torch.autograd.Function):
+    """The same in training: fewer passes over the tokens than by the derivatives of each operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float
+    ) -> Tensor:
+        asking, asked = F.relu(query), F.relu(key)
+        context = asked.transpose(-2, -1) @ value
+        scaled = context if temperature is None else context * temperature
+        mixer = torch.cat([scaled, asked.sum(dim=2).unsqueeze(-1)], dim=-1)
+        mixed = asking @ mixer  # (B, h, N, e + 1), the last channel being the sum of weights
+        total = mixed[..., -1:].clone()
+        out = mixed[..., :-1] / total.clamp(min=min_sum)
+        ctx.save_for_backward(query, key, value, temperature, asking, asked, context, mixer, total, out)
+        ctx.min_sum = min_sum
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
+            query, key, value, temperature, asking, asked, context, mixer, total, out = ctx.saved_tensors
+            if torch.is_grad_enabled():  # the derivatives are to be derived themselves
+                inputs = query, key, value, temperature
+                used = [x for x in inputs if x is not None and x.requires_grad]
+                expected = _linear_attention(*inputs, ctx.min_sum)
+                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=True))
+                return *(next(grads) if x is not None and x.requires_grad else None for x in inputs), None
+            d_mixed = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
+            d_out = torch.div(grad, total.clamp(min=ctx.min_sum), out=d_mixed[..., :-1])
+            d_mixed[..., -1:] = (d_out * out).sum(-1, keepdim=True).neg_().mul_(total >= ctx.min_sum)
+            d_query = d_mixed @ mixer.transpose(-2, -1)
+            d_scaled, d_sums = (asking.transpose(-2, -1) @ d_mixed).split([value.shape[-1], 1], dim=-1)
+            d_context = d_scaled if temperature is None else d_scaled * temperature
+            d_key = (value @ d_context.transpose(-2, -1)).add_(d_sums.transpose(-2, -1))
+            return (
+                torch.ops.aten.threshold_backward(d_query, asking, 0),
+                torch.ops.aten.threshold_backward(d_key, asked, 0),
+                asked @ d_context,
+                None if temperature is None else (d_scaled * context).sum_to_size(temperature.shape),
+                None,
+            )
 
 
 @register_notrace_module

@@ -22,6 +22,7 @@ from timm.layers import register_notrace_module, trunc_normal_  # type: ignore[a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.eager import eager
 from vizattn.attention.neighborhood_dense import attend_dense
 from vizattn.attention.neighborhood_fused import attend_fused
 from vizattn.attention.neighborhood_plain import attend_naive, attend_plain
@@ -136,7 +137,7 @@ def _neighborhood(
     if additional_keys is not None and additional_values is not None:
         key = torch.cat([additional_keys.to(key.dtype).expand(len(key), -1, -1, -1), key], dim=1)
         value = torch.cat([additional_values.to(key.dtype).expand(len(key), -1, -1, -1), value], dim=1)
-    if _fusable(query, backend):
+    if asked != "reference" and eager(query, key, value, rpb):
         return _attend_fast(rpb, windows, scale, asked, query, key, value).unflatten(1, grid)
     # The queries of additional keys are never used.
     query = torch.cat([key[:, : key.shape[1] - query.shape[1]], query], dim=1)
@@ -218,7 +219,7 @@ def _attend(
     """(B, E + N, 3, h, d) -> (B, N, h, d), with every tensor operation that we have and no library."""
     if backend == "reference" or qkv.is_meta:
         return attend_naive(qkv, rpb, windows, scale)
-    if dropout_p == 0 and _fusable(qkv, backend):
+    if dropout_p == 0 and eager(qkv, rpb):
         return _attend_fast(rpb, windows, scale, backend, qkv)
     return attend_plain(qkv, rpb, windows, scale, dropout_p)
 
@@ -232,12 +233,6 @@ def _attend_fast(rpb: Tensor | None, windows: tuple[Axis, ...], scale: float, ba
     query, key, value = tokens[0].unbind(2) if len(tokens) == 1 else tokens
     with torch.autocast(query.device.type, enabled=False):
         return attend_dense(rpb, windows, scale, query[:, query.shape[1] - N :], key, value)
-
-
-def _fusable(tokens: Tensor, backend: str) -> bool:
-    """Tracers must see plain operations; what they hand in are often subclasses."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) not in (Tensor, nn.Parameter)
-    return backend != "reference" and not tokens.is_meta and not tracing
 
 
 def _attend_grid(
