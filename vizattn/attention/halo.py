@@ -87,11 +87,10 @@ def halo_attention(
     vertical = _relative_logits(query.transpose(4, 5), height_rel, window, stride).transpose(4, 5)
     horizontal = _relative_logits(query, width_rel, window, stride)
     if mask_padding:
-        unseen = torch.finfo(vertical.dtype).min / 4  # finite, for it is multiplied by zeros
         y = _axis_windows(n, block_size, halo_size, query.device).view(n, 1, 1, 1, window)
-        vertical = vertical.masked_fill((y < 0) | (y >= H), unseen)
+        vertical = vertical.masked_fill((y < 0) | (y >= H), float("-inf"))
         x = _axis_windows(m, block_size, halo_size, query.device).view(m, 1, 1, window)
-        horizontal = horizontal.masked_fill((x < 0) | (x >= W), unseen)
+        horizontal = horizontal.masked_fill((x < 0) | (x >= W), float("-inf"))
 
     if extra_kv is None:
         extra_kv = (key.new_empty(B, h, 0, d), value.new_empty(B, h, 0, value.shape[-1]))

@@ -196,7 +196,8 @@ def attend_blocks(
 
     Args:
         query: (n, g, m, Q, d).
-        by_axis: Logits of each query for the w rows and for the w columns of keys, (n, g, m, Q, 2 * w).
+        by_axis: Logits of each query for the w rows and for the w columns of keys, (n, g, m, Q, 2 * w); minus infinity
+            where there are none.
         key: (g, (n - 1) * block + w, (m - 1) * block + w, d).
         value: The same with e channels.
         extra_key: (g, E, d).
@@ -207,5 +208,6 @@ def attend_blocks(
         (n, g, m, Q, e).
     """
     with torch.autocast(key.device.type, enabled=False):
+        by_axis = by_axis.clamp(min=torch.finfo(by_axis.dtype).min / 4)  # finite, for it is multiplied by zeros
         tensors = [x.to(key.dtype).contiguous() for x in (query, by_axis, key, value, extra_key, extra_value)]
         return _Attend.apply(block, by_axis.shape[-1] // 2, query.shape[-1] ** -0.5, *tensors)
