@@ -36,13 +36,20 @@ def route(query: Tensor, key: Tensor, grid_size: tuple[int, int], region_size: t
     Returns:
         (B, R, topk), indices of regions, row by row.
     """
-    means = []
-    for x in (query.detach(), key.detach()):
-        x = x.transpose(1, 2).reshape(x.shape[0], grid_size[0], grid_size[1], -1).permute(0, 3, 1, 2)
-        # Regions cut off by the border are averaged over the tokens they have.
-        mean = F.avg_pool2d(x, region_size, stride=region_size, ceil_mode=True, count_include_pad=False)
-        means.append(mean.flatten(2))
-    return (means[0].transpose(1, 2) @ means[1]).topk(topk, dim=-1)[1]
+    regions = (
+        _split_regions(query.detach(), grid_size, region_size),
+        _split_regions(key.detach(), grid_size, region_size),
+    )
+    return _choose(regions[0], regions[1], _tokens(query, grid_size, region_size), topk)
+
+
+def _choose(query: Tensor, key: Tensor, tokens: Tensor | None, topk: int) -> Tensor:
+    """(B, R, L, C) twice, and (R, L), which of them are tokens, not padding, which is zero -> (B, R, topk)."""
+    query, key = query.sum(dim=2), key.sum(dim=2)
+    if tokens is not None:
+        count = tokens.sum(dim=1, keepdim=True)
+        query, key = query / count, key / count
+    return (query @ key.transpose(1, 2)).topk(topk, dim=-1)[1]
 
 
 def bilevel_routing_attention(
@@ -93,7 +100,9 @@ def bilevel_routing_attention(
 
     P, G = query.shape[2] - H * W, key.shape[2] - H * W
     q, k, v = query[:, :, P:], key[:, :, G:], value[:, :, G:]
-    routed = route(q, k, grid_size, region_size, topk)
+    q, k = _split_regions(q, grid_size, region_size), _split_regions(k, grid_size, region_size)
+    tokens = _tokens(query, grid_size, region_size)
+    routed = _choose(q.detach(), k.detach(), tokens, topk)
 
     # On the meta device multiply-adds are counted: those of the definition, not the mask's few in a hundred more.
     counted = query.device.type == "meta"
@@ -105,17 +114,22 @@ def bilevel_routing_attention(
         bias = F.pad(bias.index_select(2, region).index_select(1, region), (G, 0, P, 0))[:, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
-    q, k, v = [_split_regions(x, grid_size, region_size) for x in (q, k, v)]
-    mask: Tensor | None = None
-    if R_h * rows > H or R_w * columns > W:
-        inside = q.new_ones(1, 1, H * W, 1, dtype=torch.bool)
-        mask = _split_regions(inside, grid_size, region_size).reshape(R, L)
+    v = _split_regions(v, grid_size, region_size)
     before = (key[:, :, :G], value[:, :, :G])
 
     step = max(1, max_copied // (topk * L * max(k.shape[-1], h * e)))
     outputs = []
     for start in range(0, R, step):
-        arguments = (q[:, start : start + step], k, v, routed[:, start : start + step], mask, before, scale, dropout_p)
+        arguments = (
+            q[:, start : start + step],
+            k,
+            v,
+            routed[:, start : start + step],
+            tokens,
+            before,
+            scale,
+            dropout_p,
+        )
         if torch.jit.is_scripting():
             outputs.append(_attend_routed(*arguments))
         elif step < R and torch.is_grad_enabled() and not torch.compiler.is_exporting():
@@ -136,14 +150,19 @@ def _split_regions(x: Tensor, grid_size: tuple[int, int], region_size: tuple[int
     H, W = grid_size
     rows, columns = region_size
     R_h, R_w = -(-H // rows), -(-W // columns)
-    x = x.transpose(1, 2).reshape(x.shape[0], H, W, -1)
+    x = x.unflatten(2, (H, W))
     if R_h * rows > H or R_w * columns > W:
         x = F.pad(x, (0, 0, 0, R_w * columns - W, 0, R_h * rows - H))
-    return (
-        x.reshape(x.shape[0], R_h, rows, R_w, columns, -1)
-        .transpose(2, 3)
-        .reshape(x.shape[0], R_h * R_w, rows * columns, -1)
-    )
+    x = x.unflatten(3, (R_w, columns)).unflatten(2, (R_h, rows)).permute(0, 2, 4, 3, 5, 1, 6)
+    return x.reshape(x.shape[0], R_h * R_w, rows * columns, -1)
+
+
+def _tokens(x: Tensor, grid_size: tuple[int, int], region_size: tuple[int, int]) -> Tensor | None:
+    """(R, L), whether each place of a region is a token, not padding; None if all are."""
+    if grid_size[0] % region_size[0] == 0 and grid_size[1] % region_size[1] == 0:
+        return None
+    inside = x.new_ones(1, 1, grid_size[0] * grid_size[1], 1, dtype=torch.bool)
+    return _split_regions(inside, grid_size, region_size)[0, :, :, 0]
 
 
 def _attend_routed(
