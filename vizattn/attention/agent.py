@@ -68,7 +68,7 @@ def agent_attention(
     """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
     The maps are made where dropout acts on them or a bias learns, which keeps torch's fused kernels for the CPU away.
-    Time and memory are linear in N and M, by A.
+    Time is O((N + M) A C); memory O((N + M) C), and (N + M) A weights a head more where the maps are made.
 
     Args:
         query: (B, h, N, d).

@@ -75,6 +75,9 @@ def bilevel_routing_attention(
     keeps the copies bounded. Where that takes several portions, the copies are made again in the backward pass rather
     than kept.
 
+    Time is O(N C k) for N tokens and k = topk * L keys, and O(R^2 C) to choose; so with as many regions for any map it
+    grows with N^2. Memory is O(N C topk) up to `max_copied`, or O(N^2) behind a mask.
+
     Args:
         query: (B, h, P + H * W, d).
         key: (B, h, E + P + H * W, d).

@@ -25,6 +25,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dr
 
     The products are explicit: N is a window's few positions, and a learnt bias would keep torch's fused kernels for the
     CPU away in training.
+    Time and memory are O(N^2) a window.
 
     Args:
         query: (B, N, K).

@@ -31,6 +31,7 @@ def stripe_attention(
     """Softmax attention inside stripes of a map, with the convolution of the values inside each stripe added.
 
     A map that the stripes do not divide ends in a narrower one.
+    Time is O(H W C) times the tokens of a stripe, memory O(H W C).
 
     Args:
         qkv: Queries, keys and values side by side, (3, B, H, W, C).

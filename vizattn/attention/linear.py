@@ -27,6 +27,7 @@ def linear_attention(
     """temperature * sum_m w(n, m) value(m) / max(sum_m w(n, m), min_sum), with w = ReLU(query) . ReLU(key).
 
     Computed in float32 at least, under autocast too: the sums over many tokens overflow half precision.
+    Time is O((N + M) C d), memory O((N + M) C).
 
     Args:
         query: (B, h, N, d).

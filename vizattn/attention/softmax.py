@@ -17,7 +17,9 @@ __all__ = ["SoftmaxAttention", "attention_weights", "softmax_attention"]
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value, without the (N, N) matrix ever being stored.
+    """softmax(query key^T / sqrt(d)) value, without the (N, M) matrix ever being stored.
+
+    Time is O(N M C), memory O((N + M) C).
 
     Args:
         query: (B, h, N, d).
