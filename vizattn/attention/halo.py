@@ -60,8 +60,8 @@ def halo_attention(
 ) -> Tensor:
     """softmax(query key^T / sqrt(d) + query (height_rel + width_rel)^T) value, each block over its neighborhood.
 
-    Time is O(H W C w^2 / stride^2) with w = block_size + 2 * halo_size. On a CPU a row of blocks is worked on at a time,
-    so that memory beyond the tokens' is that of one row; elsewhere all H W w^2 / stride^2 logits a head are stored.
+    Time is O(H W C w^2 / stride^2) with w = block_size + 2 * halo_size. On a CPU a row of blocks is worked on at a
+    time, so that memory beyond the tokens' is that of one row; elsewhere all H W w^2 / stride^2 logits a head are kept.
 
     Args:
         query: (B, h, ceil(H / stride), ceil(W / stride), d): of every stride-th row and column, from the first.
