@@ -46,20 +46,22 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def growth(rows: Sequence[Row]) -> str:
-    """Milliseconds and megabytes of ours by size of the map, and how many times more of each the largest takes."""
+    """Milliseconds and megabytes of ours by size, and how many times more of each the largest takes."""
     ours = {(row.subject, row.size): row for row in rows if row.ours and row.seconds is not None}
     subjects, sizes = (list(dict.fromkeys(keys)) for keys in zip(*ours))
+    weighed = any(row.run_mb for row in ours.values())
     lines = [
-        "| ms (MB) | " + " | ".join(sizes) + " | times more |",
+        f"| {'ms (MB)' if weighed else 'ms'} | " + " | ".join(sizes) + " | times more |",
         "|---|" + "---:|" * (len(sizes) + 1),
     ]
+    texts = ("{}", "({})") if weighed else ("{}",)
     for subject in subjects:
         found = [ours[subject, size] for size in sizes]
         pairs = [(1e3 * (row.seconds or 0.0), row.run_mb or 0.0) for row in found]
-        cells = [f"{_number(time)} ({_number(memory)})" for time, memory in pairs]
+        cells = [" ".join(text.format(_number(x)) for text, x in zip(texts, pair)) for pair in pairs]
         more = " ".join(
             text.format(_number(last / first))
-            for text, first, last in zip(("{}", "({})"), pairs[0], pairs[-1])
+            for text, first, last in zip(texts, pairs[0], pairs[-1])
             if first and last
         )
         lines.append(f"| {subject} | " + " | ".join(cells) + f" | {more} |")
@@ -68,7 +70,9 @@ def growth(rows: Sequence[Row]) -> str:
 
 def _case(row: Row) -> str:
     name = row.subject if row.name == "vizattn" else row.name
-    return name if row.variant == "eager" else f"{name}, {row.variant}"
+    return ", ".join(
+        [name, *([row.variant] if row.variant != "eager" else []), *([row.dtype] if row.dtype != "fp32" else [])]
+    )
 
 
 def _compared(row: Row) -> tuple[object, ...]:

@@ -231,6 +231,15 @@ def test_both_maps_can_be_read_when_not_fused() -> None:
     assert sorted(maps) == [(1, 2, 4, 12), (1, 2, 4, 12)]
 
 
+def test_derivatives_by_torch_func() -> None:
+    module = disturbed(AgentAttention(8, 2, (3, 4), num_agents=4))
+    x = draw(0, 1, 12, 8)
+    expected = torch.autograd.grad(module(x, (3, 4)).pow(2).sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: module(x, (3, 4)).pow(2).sum())(x), expected)
+    tangent = torch.func.jvp(lambda x: module(x, (3, 4)).pow(2).sum(), (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, expected.sum())
+
+
 @pytest.mark.parametrize("rates", [(0.5, 0.0), (0.0, 0.5)])
 def test_dropout_acts_in_training_only(rates: tuple[float, float]) -> None:
     torch.manual_seed(0)

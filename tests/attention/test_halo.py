@@ -100,7 +100,7 @@ def test_all_ways_to_derive_agree() -> None:
     def function(*inputs: Tensor) -> Tensor:
         return halo_attention(*inputs, block_size=2, halo_size=1)
 
-    torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
     torch.autograd.gradgradcheck(function, inputs)
     expected = torch.autograd.grad(function(*inputs).pow(2).sum(), inputs)
     by_func = torch.func.grad(lambda *x: function(*x).pow(2).sum(), argnums=tuple(range(5)))(*inputs)

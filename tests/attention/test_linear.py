@@ -66,7 +66,7 @@ def test_all_ways_to_derive_agree(temperature: float | None) -> None:
     def function(*inputs: Tensor) -> Tensor:
         return linear_attention(*inputs, min_sum=2.0)  # type: ignore[misc]  # some sums are above it
 
-    torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
     torch.autograd.gradgradcheck(function, inputs)
     expected = torch.autograd.grad(function(*inputs).pow(2).sum(), inputs)
     by_func = torch.func.grad(lambda *x: function(*x).pow(2).sum(), argnums=tuple(range(len(inputs))))(*inputs)

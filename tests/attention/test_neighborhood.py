@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -96,7 +98,25 @@ def cases(draw: Any, axes: int) -> tuple[tuple[int, ...], list[tuple[int, int, i
     return tuple(grid), options
 
 
-def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
+@contextmanager
+def tiles_of(size: int | None, chunk: int) -> Iterator[None]:
+    """Tiles of so many queries along each axis, if not None, and portions of so many scores."""
+
+    def sizes(axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        return tuple(min(size or 1, -(-axis.length // axis.dilation)) for axis in axes)
+
+    def forget() -> None:
+        fused._tables.cache_clear()
+        fused._index.cache_clear()
+
+    forget()
+    chosen = sizes if size else fused.tile_sizes
+    with mock.patch.object(fused, "CHUNK", chunk), mock.patch.object(fused, "tile_sizes", chosen):
+        yield
+    forget()
+
+
+def check(case: Any, B: int, E: int, bias: bool, chunk: int, tile: int | None, seed: int) -> None:
     grid, options = case
     h, d = 2, 3
     query, key, value = (draw(seed + i, B, *grid, h, d) for i in range(3))
@@ -106,8 +126,7 @@ def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
     expected = naive(query, key, value, options, rpb, extra)
     kernel_size, stride, dilation, is_causal = (list(option) for option in zip(*options))
     outputs = []
-    work, fused.CHUNK = fused.CHUNK, chunk
-    try:
+    with tiles_of(tile, chunk):
         for backend in ("auto", "tiled", "reference"):
             output = FUNCTIONS[len(grid)](
                 query,
@@ -131,29 +150,38 @@ def check(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
         outputs.append(fused.attend_fused(rpb, axes, d**-0.5, qkv).unflatten(1, grid))
         outputs.append(attend_dense(rpb, axes, d**-0.5, qkv[:, E:, 0], qkv[:, :, 1], qkv[:, :, 2]).unflatten(1, grid))
         assert_same(outputs, expected, inputs)
-    finally:
-        fused.CHUNK = work
 
 
-options_of_all = {"E": st.sampled_from([0, 2]), "bias": st.booleans(), "seed": st.integers(0, 999)}
+options_of_all = {
+    "E": st.sampled_from([0, 2]),
+    "bias": st.booleans(),
+    "tile": st.sampled_from([None, 1, 2, 3]),
+    "seed": st.integers(0, 999),
+}
 
 
 @settings(max_examples=6, deadline=None)
 @given(case=cases(1), B=st.integers(1, 2), chunk=st.sampled_from([1, 1 << 17]), **options_of_all)
-def test_1d_equals_the_definition(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
-    check(case, B, E, bias, chunk, seed)
+def test_1d_equals_the_definition(
+    case: Any, B: int, E: int, bias: bool, chunk: int, tile: int | None, seed: int
+) -> None:
+    check(case, B, E, bias, chunk, tile, seed)
 
 
 @settings(max_examples=8, deadline=None)
 @given(case=cases(2), B=st.integers(1, 2), chunk=st.sampled_from([1, 3000, 1 << 17]), **options_of_all)
-def test_2d_equals_the_definition(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
-    check(case, B, E, bias, chunk, seed)
+def test_2d_equals_the_definition(
+    case: Any, B: int, E: int, bias: bool, chunk: int, tile: int | None, seed: int
+) -> None:
+    check(case, B, E, bias, chunk, tile, seed)
 
 
 @settings(max_examples=3, deadline=None)
 @given(case=cases(3), B=st.integers(1, 2), chunk=st.sampled_from([1, 1 << 17]), **options_of_all)
-def test_3d_equals_the_definition(case: Any, B: int, E: int, bias: bool, chunk: int, seed: int) -> None:
-    check(case, B, E, bias, chunk, seed)
+def test_3d_equals_the_definition(
+    case: Any, B: int, E: int, bias: bool, chunk: int, tile: int | None, seed: int
+) -> None:
+    check(case, B, E, bias, chunk, tile, seed)
 
 
 @settings(max_examples=8, deadline=None)
@@ -199,6 +227,12 @@ def test_module_equals_the_definition(
     output = module(x, (H, W), extra if E else None)
     inputs = [x, *(extra if E else ()), *(p for p in module.parameters())]
     assert_same([output], expected, inputs)
+
+
+def test_tiles_of_repetitions_only() -> None:
+    """Of 9 positions, dilation 2 makes classes of 5 and 4: by tiles of 2, the last one of the second has no query."""
+    check(((9, 5), [(4, 1, 2, False), (3, 1, 1, False)]), 1, 0, True, 1 << 17, 2, 0)
+    check(((5, 9), [(3, 1, 1, False), (4, 1, 2, False)]), 2, 2, True, 1 << 17, 2, 0)
 
 
 def test_small_maps_lower_the_dilation_then_the_window() -> None:

@@ -20,6 +20,7 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.eager import transformed
 from vizattn.errors import VizattnError
 
 __all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
@@ -85,7 +86,7 @@ def agent_attention(
     learning = torch.is_grad_enabled() and (
         (key_bias is not None and key_bias.requires_grad) or (query_bias is not None and query_bias.requires_grad)
     )
-    if dropout_p == 0 and not learning:
+    if dropout_p == 0 and not learning and (torch.jit.is_scripting() or not transformed()):
         collected = F.scaled_dot_product_attention(agents, key, value, attn_mask=key_bias)
         query_bias = None if query_bias is None else query_bias.transpose(-2, -1)
         return F.scaled_dot_product_attention(query, agents, collected, attn_mask=query_bias)

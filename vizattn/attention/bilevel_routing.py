@@ -45,10 +45,11 @@ def route(query: Tensor, key: Tensor, grid_size: tuple[int, int], region_size: t
 
 def _choose(query: Tensor, key: Tensor, tokens: Tensor | None, topk: int) -> Tensor:
     """(B, R, L, C) twice, and (R, L), which of them are tokens, not padding, which is zero -> (B, R, topk)."""
-    query, key = query.sum(dim=2), key.sum(dim=2)
-    if tokens is not None:
+    if tokens is None:
+        query, key = query.mean(dim=2), key.mean(dim=2)
+    else:
         count = tokens.sum(dim=1, keepdim=True)
-        query, key = query / count, key / count
+        query, key = query.sum(dim=2) / count, key.sum(dim=2) / count
     return (query @ key.transpose(1, 2)).topk(topk, dim=-1)[1]
 
 

@@ -6,7 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["eager"]
+__all__ = ["derived_again", "eager", "transformed"]
+
+
+@torch.jit.unused
+def transformed() -> bool:
+    """Whether torch.func derives or maps what is computed."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def derived_again(grad: Tensor) -> bool:
+    """Whether a backward pass must consist of plain operations: its result is derived itself, or `grad` is several."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -15,7 +26,7 @@ def eager(*tensors: Tensor | None) -> bool:
     Compilers, exporters, torch.func and forward mode must see plain operations; what tracers hand in are often
     subclasses, and tensors on the meta device are there to be counted.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
     given = [x for x in tensors if x is not None]
     return all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in given) and all(

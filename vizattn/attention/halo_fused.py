@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vizattn.attention.eager import derived_again
 from vizattn.attention.halo_plain import attend_plain
 
 __all__ = ["attend_blocks"]
@@ -127,11 +128,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
-            if torch.is_grad_enabled():  # the derivatives are to be derived themselves
+            if derived_again(grad):
                 query, by_axis, key, value, extra_key, extra_value = inputs = ctx.saved_tensors[:6]
                 used = [x for x in inputs if x.requires_grad]
-                expected = attend_plain(query, by_axis, key, value, extra_key, extra_value, ctx.block)
-                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=True, allow_unused=True))
+                with torch.enable_grad():
+                    expected = attend_plain(query, by_axis, key, value, extra_key, extra_value, ctx.block)
+                again = torch.is_grad_enabled()
+                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=again, allow_unused=True))
                 return None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
             return None, None, None, *_Attend._backward(ctx, grad.contiguous())
 

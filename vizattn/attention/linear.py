@@ -15,7 +15,7 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import eager
+from vizattn.attention.eager import derived_again, eager
 from vizattn.errors import VizattnError
 
 __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
@@ -90,11 +90,12 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
             query, key, value, temperature, asking, asked, context, mixer, total, out = ctx.saved_tensors
-            if torch.is_grad_enabled():  # the derivatives are to be derived themselves
+            if derived_again(grad):
                 inputs = query, key, value, temperature
                 used = [x for x in inputs if x is not None and x.requires_grad]
-                expected = _linear_attention(*inputs, ctx.min_sum)
-                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=True))
+                with torch.enable_grad():
+                    expected = _linear_attention(*inputs, ctx.min_sum)
+                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=torch.is_grad_enabled()))
                 return *(next(grads) if x is not None and x.requires_grad else None for x in inputs), None
             d_mixed = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
             d_out = torch.div(grad, total.clamp(min=ctx.min_sum), out=d_mixed[..., :-1])

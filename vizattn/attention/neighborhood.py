@@ -47,8 +47,8 @@ def na2d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[
     """Neighborhood attention over (B, X, Y, h, d).
 
     Time grows with the tokens N times the keys of a window: O(N C k^2), about three times that for k = 7 where tiles of
-    8 x 4 queries share 14 x 10 keys. By tiles, memory beyond the tokens' is that of one row of tiles; the reference
-    takes O(N C k^2).
+    8 x 4 queries share 14 x 10 keys. By tiles, memory beyond the tokens' is that of one row of tiles, which is all of
+    them along a single axis; the reference takes O(N C k^2).
 
     Args:
         query: (B, X, Y, h, d), as in the natten library.

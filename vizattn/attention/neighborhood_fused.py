@@ -31,7 +31,7 @@ __all__ = ["attend_fused"]
 CHUNK = 1 << 18
 
 #: Sums of exponentials between this and its inverse are as exact as those of scores less their maximum.
-SMALL = 2.0**-48
+SMALL = 2.0**-40
 
 #: Maps whose tables are kept: those of a large one are tens of megabytes.
 KEPT = 32
@@ -54,9 +54,8 @@ class _Tables(NamedTuple):
     entry_order: Tensor  # places in the flattened `entry`, sorted by entry of the table
     entry_start: Tensor  # (entries of the table,) where each begins in it
     fresh: list[Tensor] | None  # (T0,) of (T1, 1, 1, q, 1): whether the query is no repetition; None if none is
-    queries: list[slice]  # (T0,) rows of the grid where the queries are
+    queries: list[slice]  # (T0,) rows of the grid where the queries are that are no repetitions
     done: list[list[tuple[slice, slice]]]  # (T0,) keys that no later row sees: rows of the grid, and which of the s0
-    unseen: bool  # whether there are rows of keys that no query sees
 
 
 def _sorted(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +102,8 @@ def _tables(axes: tuple[Axis, ...], extra: int, device: torch.device) -> _Tables
             order[: int(first[end])],
             first[:end],
             None if bool(fresh.all()) else list(fresh.flatten(4).unsqueeze(5)),
-            [slice(query[0], query[-1] + 1, step) for query in rows.query.tolist()],
+            [slice(a, a + n * step, step) for a, n in zip(rows.query[:, 0].tolist(), rows.fresh.sum(1).tolist())],
             [_runs(by_class[a : min(b, a + keys)], step) for a, b in zip(start, after)],
-            start[0] > 0 or any(b > a + keys for a, b in zip(start, after)),
         )
 
 
@@ -267,7 +265,7 @@ class _Attend(torch.autograd.Function):
             by_key = scores.view(*group.shape, s, q)
             target = _grid(out, group, axes[0].length)
             sums.append(key.new_empty(len(tables.start), n, 1, q, dtype=wide))
-            plain = len(tables.start) if dtype != torch.float16 else 0
+            plain = len(tables.start) if dtype != torch.float16 and key.device.type == "cpu" else 0
             for row, (row_bias, rows) in enumerate(zip(_biases(tables, bias, group.heads), tables.queries)):
                 _gather(group, row, query, keys, values)
                 for shift in (False, True):
@@ -312,7 +310,7 @@ class _Attend(torch.autograd.Function):
         d_bias = None
         if ctx.needs_input_grad[0]:
             d_bias = torch.zeros(bias.shape, dtype=rpb.dtype, device=rpb.device)
-        grads = [torch.zeros_like(x) if tables.unseen else torch.empty_like(x) for x in tokens]
+        grads = [torch.empty_like(x) for x in tokens]  # every key is seen by its own query at least
         d_query, d_key, d_value = _split(grads)
         unused = d_query.shape[1] - out.shape[1]
         d_query[:, :unused] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -67,7 +68,7 @@ def build(name: str, mode: str, batch: int, size: tuple[int, int], dtype: str, v
         create(name, size).train(mode == "train"), torch.randn(batch, channels(name), *size), variant, dtype
     )
 
-    def step(call: Any) -> Tensor:
+    def step(call: Any, x: Tensor) -> Tensor:
         if mode == "forward":
             with torch.inference_mode(), autocast(dtype):
                 return call(x)
@@ -77,7 +78,11 @@ def build(name: str, mode: str, batch: int, size: tuple[int, int], dtype: str, v
         loss.backward()
         return loss
 
-    return Work(lambda: step(called), counted=lambda: step(model), images=batch)
+    def counted() -> Tensor:
+        """On the meta device attention is computed by its definition, without products that stand in for sums."""
+        return step(copy.deepcopy(model).to("meta"), x.to("meta"))
+
+    return Work(lambda: step(called, x), counted=counted, images=batch)
 
 
 def create(name: str, size: tuple[int, int], **options: Any) -> Any:
