@@ -95,6 +95,15 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
 
 
 @every_family
+def test_channels_last(family: str) -> None:
+    model = create(family).double()
+    x = images(FAMILIES[family].sizes[2]).double()
+    expected = model(x)
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
+
+
+@every_family
 def test_bf16_autocast(family: str) -> None:
     model = create(family)
     x = images(FAMILIES[family].sizes[0])

@@ -185,6 +185,11 @@ class AgentAttention(nn.Module):
         for parameter in self.parameters(recurse=False):
             trunc_normal_(parameter, std=0.02)
 
+    @torch.jit.ignore
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As of any module; but tables of five dimensions are no maps, which `to(memory_format=...)` takes them for."""
+        return super()._apply(lambda x: fn(x.flatten(1)).view(x.shape) if x.dim() == 5 else fn(x), recurse)
+
     def project_kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, P, d) of normed tokens (B, P, C), for `extra_kv`."""
         C = tokens.shape[-1]

@@ -1,7 +1,5 @@
 """When a function with derivatives of its own may stand in for plain operations."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
