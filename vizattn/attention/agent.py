@@ -88,7 +88,7 @@ def agent_attention(
     )
     if dropout_p == 0 and not learning and (torch.jit.is_scripting() or not transformed()):
         collected = F.scaled_dot_product_attention(agents, key, value, attn_mask=key_bias)
-        query_bias = None if query_bias is None else query_bias.transpose(-2, -1)
+        query_bias = None if query_bias is None else query_bias.transpose(-2, -1).contiguous()
         return F.scaled_dot_product_attention(query, agents, collected, attn_mask=query_bias)
     over_keys, over_agents = agent_weights(query, key, agents, key_bias, query_bias)
     if dropout_p > 0:

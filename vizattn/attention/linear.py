@@ -43,7 +43,7 @@ def linear_attention(
         return _linear_attention(query, key, value, temperature, min_sum)
     else:
         device_type = query.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return _in_eager_mode(query, key, value, temperature, min_sum)
         return _in_eager_mode(query, key, value, temperature, min_sum)

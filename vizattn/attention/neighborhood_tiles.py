@@ -159,11 +159,13 @@ def product(axes: tuple[Axis, ...], sizes: tuple[int, ...], device: torch.device
     tiles = axis_tiles(axes[0], sizes[0], device)
     for axis, size in zip(axes[1:], sizes[1:]):
         more = axis_tiles(axis, size, device)
-        tiles = tiles._replace(
-            query=outer_sum(tiles.query * axis.length, more.query, 2),
-            fresh=outer_sum(tiles.fresh.int(), more.fresh.int(), 2) == 2,
-            key=outer_sum(tiles.key * axis.length, more.key, 2),
-            sees=outer_sum(tiles.sees.int(), more.sees.int(), 3) == 2,
-            entry=outer_sum(tiles.entry * (2 * axis.reach + 1), more.entry, 3),
+        tiles = Tiles(
+            outer_sum(tiles.query * axis.length, more.query, 2),
+            outer_sum(tiles.fresh.int(), more.fresh.int(), 2) == 2,
+            outer_sum(tiles.key * axis.length, more.key, 2),
+            tiles.start,
+            tiles.order,
+            outer_sum(tiles.sees.int(), more.sees.int(), 3) == 2,
+            outer_sum(tiles.entry * (2 * axis.reach + 1), more.entry, 3),
         )
     return tiles
