@@ -1,10 +1,12 @@
 """When a function with derivatives of its own may stand in for plain operations."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["derived_again", "eager", "transformed"]
+__all__ = ["derived_again", "eager", "gradients_of", "transformed"]
 
 
 @torch.jit.unused
@@ -16,6 +18,17 @@ def transformed() -> bool:
 def derived_again(grad: Tensor) -> bool:
     """Whether a backward pass must consist of plain operations: its result is derived itself, or `grad` is several."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def gradients_of(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Those of `inputs`, by the derivatives of each operation of `plain`: for where `derived_again` holds."""
+    used = [x for x in inputs if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        output = plain(*inputs)
+    grads = iter(torch.autograd.grad(output, used, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return tuple([next(grads) if x is not None and x.requires_grad else None for x in inputs])
 
 
 def eager(*tensors: Tensor | None) -> bool:

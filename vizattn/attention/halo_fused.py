@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vizattn.attention.eager import derived_again
+from vizattn.attention.eager import derived_again, gradients_of
 from vizattn.attention.halo_plain import attend_plain
 
 __all__ = ["attend_blocks"]
@@ -129,13 +129,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
             if derived_again(grad):
-                query, by_axis, key, value, extra_key, extra_value = inputs = ctx.saved_tensors[:6]
-                used = [x for x in inputs if x.requires_grad]
-                with torch.enable_grad():
-                    expected = attend_plain(query, by_axis, key, value, extra_key, extra_value, ctx.block)
-                again = torch.is_grad_enabled()
-                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=again, allow_unused=True))
-                return None, None, None, *(next(grads) if x.requires_grad else None for x in inputs)
+                plain = functools.partial(attend_plain, block=ctx.block)
+                return None, None, None, *gradients_of(plain, ctx.saved_tensors[:6], grad)
             return None, None, None, *_Attend._backward(ctx, grad.contiguous())
 
     @staticmethod
@@ -195,21 +190,7 @@ def attend_blocks(
     extra_value: Tensor,
     block: int,
 ) -> Tensor:
-    """softmax(query key^T / sqrt(d) + by_axis) value of blocks, over the keys around them and extra ones.
-
-    Args:
-        query: (n, g, m, Q, d).
-        by_axis: Logits of each query for the w rows and for the w columns of keys, (n, g, m, Q, 2 * w); minus infinity
-            where there are none.
-        key: (g, (n - 1) * block + w, (m - 1) * block + w, d).
-        value: The same with e channels.
-        extra_key: (g, E, d).
-        extra_value: (g, E, e).
-        block: Rows and columns b between the windows of keys.
-
-    Returns:
-        (n, g, m, Q, e).
-    """
+    """`attend_plain` without dropout, and by rows of blocks."""
     with torch.autocast(key.device.type, enabled=False):
         by_axis = by_axis.clamp(min=torch.finfo(by_axis.dtype).min / 4)  # finite, for it is multiplied by zeros
         tensors = [x.to(key.dtype).contiguous() for x in (query, by_axis, key, value, extra_key, extra_value)]

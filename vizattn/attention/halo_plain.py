@@ -25,7 +25,8 @@ def attend_plain(
 
     Args:
         query: (n, g, m, Q, d).
-        by_axis: Logits of each query for the w rows and for the w columns of keys, (n, g, m, Q, 2 * w).
+        by_axis: Logits of each query for the w rows and for the w columns of keys, (n, g, m, Q, 2 * w); minus infinity
+            where there are none.
         key: (g, (n - 1) * block + w, (m - 1) * block + w, d).
         value: The same with e channels.
         extra_key: (g, E, d).

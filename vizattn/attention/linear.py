@@ -7,6 +7,7 @@ Shapes: B batch, H x W patch tokens, P prefix tokens, N = P + H * W, E extra key
 a head, C = h * d.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import derived_again, eager
+from vizattn.attention.eager import derived_again, eager, gradients_of
 from vizattn.errors import VizattnError
 
 __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
@@ -91,12 +92,8 @@ class _Attend(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):  # somebody may call backward inside autocast
             query, key, value, temperature, asking, asked, context, mixer, total, out = ctx.saved_tensors
             if derived_again(grad):
-                inputs = query, key, value, temperature
-                used = [x for x in inputs if x is not None and x.requires_grad]
-                with torch.enable_grad():
-                    expected = _linear_attention(*inputs, ctx.min_sum)
-                grads = iter(torch.autograd.grad(expected, used, grad, create_graph=torch.is_grad_enabled()))
-                return *(next(grads) if x is not None and x.requires_grad else None for x in inputs), None
+                plain = functools.partial(_linear_attention, min_sum=ctx.min_sum)
+                return *gradients_of(plain, (query, key, value, temperature), grad), None
             d_mixed = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
             d_out = torch.div(grad, total.clamp(min=ctx.min_sum), out=d_mixed[..., :-1])
             d_mixed[..., -1:] = (d_out * out).sum(-1, keepdim=True).neg_().mul_(total >= ctx.min_sum)

@@ -1,9 +1,9 @@
 """How neighborhood attention is computed: products of dense matrices, a row of tiles at a time, forward and backward.
 
 All that a row of tiles needs is gathered from the tokens, worked on while it lies in the caches, and written. The
-backward pass computes the scores again and needs only their logarithms of sums; gradients of keys are carried from a
-row to the next and written once no later row sees the key. So memory beyond the tokens' is that of one row. Scores are
-kept by key, then query, as these products are faster.
+backward pass computes the scores again and needs only the sums of their exponentials; gradients of keys are carried
+from a row to the next and written once no later row sees the key. So memory beyond the tokens' is that of one row.
+Scores are kept by key, then query, as these products are faster.
 
 Shapes: B batch, E extra tokens (prefix), N tokens of the grid, M = E + N, h heads, d channels a head; a grid has L rows
 of X tokens, and T0 rows of T1 tiles; q = q0 q1 queries and s = s0 s1 keys of a tile; P rows and Q columns of distinct
@@ -220,6 +220,25 @@ def _gather(group: _Group, row: int, query: Tensor, key: Tensor, value: Tensor) 
         torch.index_select(tokens, 0, place, out=out.view(-1, out.shape[-1]))
 
 
+def _exponentials(
+    scores: Tensor,
+    by_key: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    shift: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Written to `scores` (n, E + s, q), of which `by_key` is a view; gives the maximum taken off, if any, and sums."""
+    by_key.copy_(bias)
+    scores.baddbmm_(keys, queries, alpha=factor)
+    top = scores.amax(1, keepdim=True) if shift else None
+    if top is not None:
+        scores.sub_(top)
+    return top, scores.exp2_().sum(1, keepdim=True, dtype=dtype)
+
+
 def _harmless(total: Tensor) -> bool:
     """Whether sums of exponentials are of a size that loses nothing, though nothing was taken off the scores."""
     return float(total.min()) > SMALL and float(total.max()) < 1 / SMALL
@@ -265,18 +284,17 @@ class _Attend(torch.autograd.Function):
             by_key = scores.view(*group.shape, s, q)
             target = _grid(out, group, axes[0].length)
             sums.append(key.new_empty(len(tables.start), n, 1, q, dtype=wide))
+            # From this row on the maximum is taken off; of such, `sums` holds logarithms, of earlier rows inverses.
             plain = len(tables.start) if dtype != torch.float16 and key.device.type == "cpu" else 0
             for row, (row_bias, rows) in enumerate(zip(_biases(tables, bias, group.heads), tables.queries)):
                 _gather(group, row, query, keys, values)
-                for shift in (False, True):
-                    if row < plain or shift:
-                        by_key.copy_(row_bias)
-                        scores.baddbmm_(keys, query.transpose(1, 2), alpha=scale * LOG2_E)
-                        top = scores.amax(1, keepdim=True) if shift else None
-                        total = (scores if top is None else scores.sub_(top)).exp2_().sum(1, keepdim=True, dtype=wide)
-                        if shift or _harmless(total):
-                            break
-                        plain = row
+                exponentials = functools.partial(
+                    _exponentials, scores, by_key, row_bias, keys, query.transpose(1, 2), scale * LOG2_E, wide
+                )
+                top, total = exponentials(row >= plain)
+                if row < plain and not _harmless(total):
+                    plain = row
+                    top, total = exponentials(True)
                 if dtype == torch.float16:  # where a sum of values is too large for it, though their mean is not
                     torch.bmm(scores.div_(total).transpose(1, 2), values, out=result)
                 else:
