@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-input
 RECIPE ?= glyphs_pretrain
 GROUPS ?= ops backbones adapters startup data
+COMPILED := $(wildcard vizattn/attention/csrc/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo vtab-mini test test-slow faults timm-suite bench lint format cards docs docs-serve notebooks \
@@ -80,13 +81,13 @@ $(BIN)/pip:
 	echo "Install one (Debian and Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3 ..." >&2; \
 	exit 1
 
-.venv/.installed: pyproject.toml | $(BIN)/pip
+.venv/.installed: pyproject.toml $(COMPILED) | $(BIN)/pip
 	@echo "Installing vizattn into .venv (minutes the first time: torch is large)"
 	@$(PIP) --editable .
 	@$(BIN)/python tools/editable_first.py
 	@touch $@
 
-.venv/.installed-test: pyproject.toml | $(BIN)/pip
+.venv/.installed-test: pyproject.toml $(COMPILED) | $(BIN)/pip
 	@echo "Installing vizattn and its test tools into .venv (minutes the first time: torch is large)"
 	@$(PIP) --editable '.[test]'
 	@$(BIN)/python tools/editable_first.py

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import vizattn
+from vizattn.attention import native
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -45,6 +48,18 @@ def test_weights_are_package_data_and_small() -> None:
 def test_version_is_stated_once() -> None:
     assert importlib.metadata.version("vizattn") == vizattn.__version__
     assert f"## [{vizattn.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_the_library_is_compiled_from_these_sources() -> None:
+    """Where it is not, attention is slower by several times; an old one is not used, and gives no error either."""
+    if os.environ.get("VIZATTN_NATIVE") == "0":
+        pytest.skip("the library is not wanted")
+    assert native.library is not None, "install again: pip install --editable ."
+    newest = max(path.stat().st_mtime for path in (ROOT / "vizattn" / "attention" / "csrc").iterdir())
+    compiled = Path(native.library._name)
+    if ROOT in compiled.parents:
+        assert compiled.stat().st_mtime >= newest, "sources changed since: pip install --editable ."
 
 
 def test_tools_are_a_few_lines_over_the_command_line() -> None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vizattn.attention.bilevel_native import attend_regions
+from vizattn.attention.eager import eager
+from vizattn.attention.native import LANES, usable
 from vizattn.errors import VizattnError
 from vizattn.layers import Linear
 
@@ -70,14 +73,15 @@ def bilevel_routing_attention(
     The last H * W queries, keys and values are those of the map, row by row. Keys and values before them may be
     attended to by every query; the queries before the map attend to every key.
 
-    What is computed, by shape: attention over all tokens if every region is routed to all; the same with a mask if it
-    is routed to 30 % of them or more (20 % for regions of 8 tokens or fewer: where it began to pay on a CPU) and the
+    What is computed, by shape: attention over all tokens if every region is routed to all; tiles of the compiled
+    library, where it is and is worth it, which copy nothing; attention over all tokens with a mask if a region is
+    routed to 30 % of them or more (20 % for regions of 8 tokens or fewer: where it began to pay on a CPU) and the
     map is small; else keys and values of the routed regions are copied together, for as many query regions at a time as
     keeps the copies bounded. Where that takes several portions, the copies are made again in the backward pass rather
     than kept.
 
     Time is O(N C k) for N tokens and k = topk * L keys, and O(R^2 C) to choose; so with as many regions for any map it
-    grows with N^2. Memory is O(N C topk) up to `max_copied`, or O(N^2) behind a mask.
+    grows with N^2. Memory is O(N C) by tiles, O(N C topk) up to `max_copied`, or O(N^2) behind a mask.
 
     Args:
         query: (B, h, P + H * W, d).
@@ -104,6 +108,11 @@ def bilevel_routing_attention(
 
     P, G = query.shape[2] - H * W, key.shape[2] - H * W
     q, k, v = query[:, :, P:], key[:, :, G:], value[:, :, G:]
+    if not torch.jit.is_scripting() and _native_is_best(query, key, value, L, topk, R, dropout_p):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        routed = route(q, k, grid_size, region_size, topk)
+        y = attend_regions(q, key, value, routed, grid_size, region_size, scale)
+        return y if P == 0 else _with_prefix(query[:, :, :P], key, value, y, scale, dropout_p)
     q, k = _split_regions(q, grid_size, region_size), _split_regions(k, grid_size, region_size)
     tokens = _tokens(query, grid_size, region_size)
     routed = _choose(q.detach(), k.detach(), tokens, topk)
@@ -143,10 +152,22 @@ def bilevel_routing_attention(
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     y = y.view(B, R_h, R_w, rows, columns, h * e).transpose(2, 3).reshape(B, R_h * rows, R_w * columns, h * e)
     y = y[:, :H, :W].reshape(B, H * W, h, e).transpose(1, 2)
-    if P == 0:
-        return y
-    prefix = F.scaled_dot_product_attention(query[:, :, :P], key, value, dropout_p=dropout_p, scale=scale)
-    return torch.cat([prefix, y], dim=2)
+    return y if P == 0 else _with_prefix(query[:, :, :P], key, value, y, scale, dropout_p)
+
+
+def _with_prefix(
+    query: Tensor, key: Tensor, value: Tensor, patches: Tensor, scale: float | None, dropout_p: float
+) -> Tensor:
+    """Outputs of queries before the map, which attend to every key, and those of the patches."""
+    prefix = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    return torch.cat([prefix, patches], dim=2)
+
+
+@torch.jit.unused
+def _native_is_best(query: Tensor, key: Tensor, value: Tensor, L: int, topk: int, R: int, dropout_p: float) -> bool:
+    """Whether the compiled library can do it, and would be faster: not where small regions leave its lanes empty."""
+    fewer = (L + -L % LANES) * topk <= L * R  # scores than of all tokens by all
+    return fewer and dropout_p == 0 and usable(query, key, value) and eager(query, key, value)
 
 
 def _split_regions(x: Tensor, grid_size: tuple[int, int], region_size: tuple[int, int]) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.eager import derived_again, eager, gradients_of
+from vizattn.attention.linear_native import attend_linear
+from vizattn.attention.native import usable
 from vizattn.errors import VizattnError
 
 __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
@@ -63,6 +65,11 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Te
 @torch.jit.unused
 def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
     inputs = [x for x in (query, key, value, temperature) if x is not None]
+    factors = temperature is None or (
+        temperature.dtype == torch.float32 and temperature.shape == (query.shape[1], 1, 1)
+    )
+    if factors and usable(query, key, value) and eager(*inputs):
+        return attend_linear(query, key, value, temperature, min_sum, _linear_attention)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     wide = value.dtype in (torch.float32, torch.float64) and all(x.dtype == value.dtype for x in inputs)
     function = _Attend.apply if learning and wide and eager(*inputs) else _linear_attention

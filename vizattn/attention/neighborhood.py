@@ -22,16 +22,18 @@ from timm.layers import register_notrace_module, trunc_normal_  # type: ignore[a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention import native
 from vizattn.attention.eager import eager
 from vizattn.attention.neighborhood_dense import attend_dense
 from vizattn.attention.neighborhood_fused import attend_fused
+from vizattn.attention.neighborhood_native import attend_neighborhoods
 from vizattn.attention.neighborhood_plain import attend_naive, attend_plain
 from vizattn.attention.neighborhood_tiles import Axis, tile_scores
 from vizattn.errors import VizattnError, unknown
 
 __all__ = ["NeighborhoodAttention", "fitting_axis", "na1d", "na2d", "na3d"]
 
-BACKENDS = ("auto", "natten", "reference", "tiled")
+BACKENDS = ("auto", "native", "natten", "reference", "tiled")
 
 #: Attention over all tokens, masked, is faster than tiles on a CPU if it has at most so many times their scores; and
 #: so many tokens, as masks grow with their square.
@@ -46,9 +48,10 @@ def na1d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[
 def na2d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[int], **options: Any) -> Tensor:
     """Neighborhood attention over (B, X, Y, h, d).
 
-    Time grows with the tokens N times the keys of a window: O(N C k^2), about three times that for k = 7 where tiles of
-    8 x 4 queries share 14 x 10 keys. By tiles, memory beyond the tokens' is that of one row of tiles, which is all of
-    them along a single axis; the reference takes O(N C k^2).
+    Time grows with the tokens N times the keys of a window: O(N C k^2), about two times that for k = 7 where tiles of
+    4 x 4 queries share 10 x 10 keys ("native"), three times by 8 x 4 queries that share 14 x 10 ("tiled"). Memory
+    beyond the tokens' is that of one tile, or of one row of tiles, which is all of them along a single axis; the
+    reference takes O(N C k^2).
 
     Args:
         query: (B, X, Y, h, d), as in the natten library.
@@ -58,10 +61,11 @@ def na2d(query: Tensor, key: Tensor, value: Tensor, kernel_size: int | Sequence[
         **options: ``stride`` s from 1 to k (default 1), ``dilation`` (1; at most length / k), ``is_causal`` (False),
             ``scale`` of the scores (d ** -0.5), ``rpb`` learnt biases (h, 2 * k - 1, 2 * k - 1) by (key - query) /
             dilation + k - 1 along each axis (None), ``additional_keys`` and ``additional_values`` (B, E, h, d) that
-            every query attends to besides (None), and ``backend``: "tiled" (dense products over tiles of queries; any
-            device), "natten" (that library's kernels: CUDA, installed, no `rpb`), "reference" (copies each window;
-            slow), or "auto": natten where possible, reference for tensors without data, all tokens by all behind a
-            mask where the map is small and `rpb` gets no gradient, else tiled.
+            every query attends to besides (None), and ``backend``: "native" (the library that was compiled with
+            vizattn, if there was a compiler: float32 on a CPU, d a multiple of 16), "tiled" (dense products over tiles
+            of queries; any device), "natten" (that library's kernels: CUDA, installed, no `rpb`), "reference" (copies
+            each window; slow), or "auto": natten or native where possible, reference for tensors without data, all
+            tokens by all behind a mask where the map is small and `rpb` gets no gradient, else tiled.
 
     Returns:
         (B, X, Y, h, d).
@@ -123,7 +127,7 @@ def _neighborhood(
         raise VizattnError(f"{function}: rpb must have the shape {table}, not {tuple(rpb.shape)}.")
     scale = d**-0.5 if scale is None else scale
 
-    asked, backend = backend, _chosen(backend, query, rpb, function)
+    asked, backend = backend, _chosen(backend, query, key, value, rpb, function)
     if backend == "natten":
         return _natten(function)(
             query,
@@ -193,18 +197,26 @@ def _natten_usable() -> bool:
     return bool(getattr(natten, "HAS_LIBNATTEN", False))
 
 
-def _chosen(backend: str, query: Tensor, rpb: Tensor | None, function: str) -> str:
+def _chosen(backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, function: str) -> str:
     if backend not in BACKENDS:
         raise unknown(f"backend of {function}", backend, BACKENDS)
+    reasons: dict[str, bool] = {}
     if backend == "natten":
         reasons = {
             "the tensors are not on CUDA": not query.is_cuda,
             "it has no relative position bias (rpb)": rpb is not None,
             "natten with its CUDA kernels is not installed": not _natten_usable(),
         }
-        for reason, holds in reasons.items():
-            if holds:
-                raise VizattnError(f"{function}: backend 'natten' cannot be used here: {reason}.")
+    elif backend == "native":
+        reasons = {
+            "vizattn was installed without a C++ compiler, or VIZATTN_NATIVE is 0": native.library is None,
+            f"it takes float32 on a CPU, with a multiple of {native.LANES} channels a head": not native.usable(
+                query, key, value
+            ),
+        }
+    for reason, holds in reasons.items():
+        if holds:
+            raise VizattnError(f"{function}: backend {backend!r} cannot be used here: {reason}.")
     if backend != "auto":
         return backend
     if query.is_meta:
@@ -230,6 +242,8 @@ def _attend(
 
 def _attend_fast(rpb: Tensor | None, windows: tuple[Axis, ...], scale: float, backend: str, *tokens: Tensor) -> Tensor:
     """By tiles, or all at once where the map is small; torch's kernel for that has no gradient of biases."""
+    if backend in ("auto", "native") and native.usable(*tokens):
+        return attend_neighborhoods(rpb, windows, scale, *tokens)
     N = math.prod(axis.length for axis in windows)
     small = backend != "tiled" and N <= DENSE_TOKENS and DENSE_RATIO * tile_scores(windows) >= N * N
     if not small or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):

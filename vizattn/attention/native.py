@@ -1,0 +1,70 @@
+"""A small library for attention on a CPU, compiled when vizattn is installed.
+
+It is there where a C++ compiler was, and works in float32; nothing needs it. With `VIZATTN_NATIVE=0` in the environment
+it is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "usable"]
+
+#: Channels are a multiple of this, and so are the queries of a tile.
+LANES = 16
+
+#: At most so many floats of a vector are used; fewer where a processor's are smaller.
+_lanes = LANES
+
+#: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
+_VERSION = 3
+
+#: Fields of a task: floats from an image, a token and a head to the next, of inputs, the output, and gradients.
+STEPS = ("query_step", "key_step", "value_step", "out_step", "d_query_step", "d_key_step", "d_value_step")
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("VIZATTN_NATIVE") == "0":
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                found = ctypes.CDLL(str(path))
+                found.version.restype = ctypes.c_int64
+                return found if found.version() == _VERSION else None
+            except (OSError, AttributeError):  # of another system, or something else of this name
+                return None
+    return None
+
+
+#: The compiled library, if there is one.
+library = _load()
+
+
+def usable(*tokens: Tensor) -> bool:
+    """Whether the library can compute with queries, keys and values, each (..., channels)."""
+    return library is not None and all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] > 0 and x.shape[-1] % LANES == 0
+        for x in tokens
+    )
+
+
+def set_steps(task: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Fields of a task from tensors (images, tokens, heads, channels), whose channels lie side by side."""
+    for name, x in zip(names, tensors):
+        setattr(task, name, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+
+def call(function: str, task: Any) -> None:
+    """Let the library do a task, by the threads that torch has."""
+    task.lanes, task.threads = _lanes, torch.get_num_threads()
+    getattr(library, function)(ctypes.byref(task))
