@@ -6,9 +6,10 @@ it is not used.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "usable"]
+__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "unused", "usable"]
 
 #: Channels are a multiple of this, and so are the queries of a tile.
 LANES = 16
@@ -48,6 +49,17 @@ def _load() -> ctypes.CDLL | None:
 
 #: The compiled library, if there is one.
 library = _load()
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Within, torch computes all of it. Of the whole process, not of a thread."""
+    global library
+    before, library = library, None
+    try:
+        yield
+    finally:
+        library = before
 
 
 def usable(*tokens: Tensor) -> bool:

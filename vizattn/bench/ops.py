@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn import attention
+from vizattn.attention import native
 from vizattn.bench import naive, peers
 from vizattn.bench.case import DTYPES, Case, Options, Unavailable, Work, differentiate
 from vizattn.bench.macs import count_macs
@@ -103,6 +104,21 @@ def explicit_softmax(shape: Shape) -> Built:
     return Built(naive.explicit_attention, shape.sequences(), shape.pairs(shape.tokens))
 
 
+def by_torch(build: Build) -> Build:
+    """Ours where the compiled library cannot be used."""
+
+    def built(shape: Shape) -> Built:
+        ours = build(shape)
+
+        def call(*inputs: Tensor) -> Tensor:
+            with native.unused():
+                return ours.function(*inputs)
+
+        return ours._replace(function=call)
+
+    return built
+
+
 # Neighborhoods ------------------------------------------------------------------------------------------------------
 
 KERNEL = 7
@@ -155,8 +171,10 @@ def flex_neighborhood(shape: Shape, dilation: int, compiled: bool) -> Built:
 
 
 def _neighborhood(dilation: int, bias: bool, about: str) -> Op:
+    ours = functools.partial(our_neighborhood, dilation=dilation, bias=bias)
     builds: dict[str, Build] = {
-        "vizattn": functools.partial(our_neighborhood, dilation=dilation, bias=bias),
+        "vizattn": ours,
+        "torch alone": by_torch(ours),
         "gather": functools.partial(gathered_neighborhood, dilation=dilation, bias=bias),
         "full softmax": full_softmax,
     }
@@ -331,7 +349,12 @@ def our_softmax(shape: Shape) -> Built:
     return full_softmax(shape)._replace(function=attention.softmax_attention)
 
 
-_LINEAR: dict[str, Build] = {"vizattn": our_linear, "products alone": linear_products, "written out": quadratic_linear}
+_LINEAR: dict[str, Build] = {
+    "vizattn": our_linear,
+    "torch alone": by_torch(our_linear),
+    "products alone": linear_products,
+    "written out": quadratic_linear,
+}
 _AGENT: dict[str, Build] = {"vizattn": our_agents, "products alone": agent_products}
 _FULL: dict[str, Build] = {"full softmax": full_softmax}
 OPS: dict[str, Op] = {
@@ -341,7 +364,7 @@ OPS: dict[str, Op] = {
     "neighborhood, dilated, biased": _neighborhood(8, True, "both"),
     "bilevel_routing": Op(
         "full softmax",
-        {"vizattn": our_regions, "gather": gathered_regions, **_FULL},
+        {"vizattn": our_regions, "torch alone": by_torch(our_regions), "gather": gathered_regions, **_FULL},
         f"{WINDOWS} x {WINDOWS} regions, each routed to {TOPK}",
     ),
     "halo": Op("timm", {"vizattn": our_halo, "timm": timm_halo, **_FULL}, "layers: blocks of 8, halo of 3"),

@@ -82,6 +82,7 @@ def versions() -> dict[str, str]:
     import timm
     import torchvision
 
+    from vizattn.attention import native
     from vizattn.version import __version__
 
     return {
@@ -91,6 +92,7 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "mmengine": mmengine.__version__,
+        "attention on a CPU": "torch" if native.library is None else "compiled library",
         "platform": platform.platform(),
     }
 
