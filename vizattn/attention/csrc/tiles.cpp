@@ -3,7 +3,6 @@
 // Scores have one query in each lane of a vector, to which the channels of a key are broadcast. Sums that have channels
 // (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile needs stays in the
 // first cache; keys and values are read where they lie, and nothing is written but results.
-#include <algorithm>
 #include <cmath>
 
 #include "lanes.h"
@@ -228,10 +227,12 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
 COPIES(Task, Room, work)
 
 void run(const Task &t, void (*one)(const Task &, int64_t, int64_t, Room &)) {
-    // Heads of images share nothing; those of all images the gradients of biases.
-    const int64_t together = t.d_bias ? std::max<int64_t>(t.images, 1) : 1;
-    share(t.threads, t.images / together * t.heads, [&] { return Room(t); }, [&](int64_t part, Room &room) {
-        for (int64_t i = 0; i < together; i++) one(t, part / t.heads * together + i, part % t.heads, room);
+    // What is added to one table of biases' gradients is added by one thread; nothing else is shared.
+    const int64_t units = t.images * t.heads, of_table = t.bias_heads > 1 ? t.images : units;
+    const int64_t together = t.d_bias && units ? of_table : 1;
+    share(t.threads, units / together, [&] { return Room(t); }, [&](int64_t part, Room &room) {
+        for (int64_t unit = part * together; unit < (part + 1) * together; unit++)
+            one(t, unit % t.images, unit / t.images, room);
     });
 }
 
