@@ -335,14 +335,14 @@ def test_it_can_be_left_unused() -> None:
 
 def test_threads_that_share_biases() -> None:
     """Eight heads have one table of biases: what they add to its gradients must not be lost."""
-    inputs = [draw(i, 2, 256, 8, 16) for i in range(3)]
+    inputs = [draw(i, 2, 4096, 8, 16) for i in range(3)]
     bias = draw(3, 1, 1, 64, 16)
-    tiling = Tiling(torch.arange(256).view(16, 16).int(), torch.arange(64).expand(16, -1).int().contiguous(), None)
+    tiling = Tiling(torch.arange(4096).view(-1, 16).int(), torch.arange(64).expand(256, -1).int().contiguous(), None)
     before, grads = torch.get_num_threads(), []
     for threads in (1, 4, 4, 4):
         torch.set_num_threads(threads)
         try:
-            output = attend_tiles(bias, tiling, 0.25, 256, *inputs)
+            output = attend_tiles(bias, tiling, 0.25, 4096, *inputs)
             grads.append(torch.autograd.grad(output.pow(2).sum(), [bias, *inputs]))
         finally:
             torch.set_num_threads(before)
