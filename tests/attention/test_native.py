@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vizattn import VizattnError
-from vizattn.attention import bilevel_routing, linear, linear_attention, na1d, na2d, na3d, native
+from vizattn.attention import bilevel_native, bilevel_routing, linear, linear_attention, na1d, na2d, na3d, native
 from vizattn.attention import neighborhood_native as tiles
 from vizattn.attention.bilevel_routing import bilevel_routing_attention
 from vizattn.attention.tiles_native import Tiling, attend_tiles
@@ -323,6 +324,90 @@ def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., 
         inside = torch.autograd.grad(function(*inputs), inputs, cotangents[0])
     for a, b in zip(inside, torch.autograd.grad(output, inputs, cotangents[0])):
         assert torch.equal(a, b)
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    tiles._tables.cache_clear()
+    bilevel_native._tokens.cache_clear()
+    images = [draw(i, 1, 8, 8, 2, 16).detach() for i in range(3)]
+    tokens = [x.flatten(1, 2).transpose(1, 2) for x in images]
+    tokens = [torch.cat([x[:, :, :1], x], dim=2) for x in tokens]
+
+    def attend() -> list[Tensor]:
+        return [na2d(*images, 3), bilevel_routing_attention(*tokens, (8, 8), (4, 4), 2), linear_attention(*tokens)]
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = attend()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with native.unused():
+        expected = attend()
+    for outputs in (found, attend()):
+        for output, right in zip(outputs, expected):
+            torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-5)
+
+
+def test_other_shapes_are_computed_by_torch() -> None:
+    """Heads that share keys, values of other channels: what broadcasts there, and what is refused."""
+    query, key, value = draw(0, 2, 4, 64, 16), draw(1, 2, 1, 64, 16), draw(2, 1, 1, 64, 16)
+    with native.unused():
+        expected = linear_attention(query, key, value, min_sum=1.0)
+    torch.testing.assert_close(linear_attention(query, key, value, min_sum=1.0), expected)
+    with pytest.raises(RuntimeError):
+        linear_attention(query, draw(3, 2, 4, 64, 32), query)
+    assert bilevel_routing_attention(query, query, query.repeat(1, 1, 1, 2), (8, 8), (4, 4), 2).shape == (2, 4, 64, 32)
+    with pytest.raises(RuntimeError):
+        bilevel_routing_attention(query, query, value, (8, 8), (4, 4), 2)
+
+
+def test_gradients_where_scores_are_large() -> None:
+    """What all keys of a query share must not reach its gradient, though it is a thousand times larger."""
+    inputs = [draw(i, 1, 64, 1, 16).detach() for i in range(3)]
+    inputs[0][..., 0], inputs[1][..., 0] = 100, 400
+    inputs = [x.requires_grad_() for x in inputs]
+    cotangent, wide = draw(9, 1, 64, 1, 16).detach(), doubled(inputs)
+    expected = torch.autograd.grad(na1d(*wide, 7, backend="reference"), wide, cotangent.double())
+    errors = {}
+    for backend in ("native", "reference"):
+        grads = torch.autograd.grad(na1d(*inputs, 7, backend=backend), inputs, cotangent)
+        errors[backend] = [float((grad - right).norm() / right.norm()) for grad, right in zip(grads, expected)]
+    assert all(ours < 2 * theirs for ours, theirs in zip(errors["native"], errors["reference"])), errors
+
+
+@pytest.mark.parametrize("function", [_neighborhoods, _linear])
+def test_what_is_saved_may_come_back_in_another_layout(function: Callable[..., Tensor]) -> None:
+    inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
+    cotangent = draw(9, 1, 2, 30, 16).detach()
+    cotangent = cotangent if function is _linear else cotangent.transpose(1, 2).unflatten(1, (5, 6))
+    expected = torch.autograd.grad(function(*inputs), inputs, cotangent)
+
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda x: x):
+        output = function(*inputs)
+    for grad, right in zip(torch.autograd.grad(output, inputs, cotangent), expected):
+        assert torch.equal(grad, right)
+
+
+def test_it_is_not_used_where_operations_are_counted() -> None:
+    query = draw(0, 1, 8, 8, 2, 16)
+    with FlopCounterMode(display=False) as counter:
+        na2d(query, query, query, 3, backend="auto")
+        linear_attention(*[query.flatten(1, 2).transpose(1, 2)] * 3)
+    assert counter.get_total_flops() >= 2 * 2 * 64 * 2 * 16 * 16
+
+
+def test_it_can_be_left_unused_between_forward_and_backward() -> None:
+    query = draw(0, 1, 8, 8, 2, 16)
+    expected = torch.autograd.grad(na2d(query, query, query, 3).sum(), query)
+    output = na2d(query, query, query, 3).sum()
+    with native.unused():
+        assert torch.equal(torch.autograd.grad(output, query)[0], expected[0])
+        assert native.library is None
+    assert native.library is not None
 
 
 def test_it_can_be_left_unused() -> None:

@@ -167,7 +167,9 @@ def _with_prefix(
 def _native_is_best(query: Tensor, key: Tensor, value: Tensor, L: int, topk: int, R: int, dropout_p: float) -> bool:
     """Whether the compiled library can do it, and would be faster: not where small regions leave its lanes empty."""
     fewer = (L + -L % LANES) * topk <= L * R  # scores than of all tokens by all
-    return fewer and dropout_p == 0 and usable(query, key, value) and eager(query, key, value)
+    alike = key.shape == value.shape and (*query.shape[:2], query.shape[3]) == (*key.shape[:2], key.shape[3])
+    plain = dropout_p == 0 and not torch.is_autocast_enabled("cpu")
+    return fewer and alike and plain and usable(query, key, value) and eager(query, key, value)
 
 
 def _split_regions(x: Tensor, grid_size: tuple[int, int], region_size: tuple[int, int]) -> Tensor:

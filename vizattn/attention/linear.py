@@ -65,10 +65,11 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Te
 @torch.jit.unused
 def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
     inputs = [x for x in (query, key, value, temperature) if x is not None]
-    factors = temperature is None or (
-        temperature.dtype == torch.float32 and temperature.shape == (query.shape[1], 1, 1)
-    )
-    if factors and usable(query, key, value) and eager(*inputs):
+    alike = query.dim() == key.dim() == value.dim() == 4 and (*query.shape[:2], *value.shape[2:]) == value.shape
+    alike = alike and (*value.shape[:3], query.shape[3]) == key.shape
+    if temperature is not None:
+        alike = alike and (temperature.dtype, temperature.shape) == (torch.float32, (query.shape[1], 1, 1))
+    if alike and usable(query, key, value) and eager(*inputs):
         return attend_linear(query, key, value, temperature, min_sum, _linear_attention)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     wide = value.dtype in (torch.float32, torch.float64) and all(x.dtype == value.dtype for x in inputs)

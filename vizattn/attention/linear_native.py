@@ -6,7 +6,6 @@ Shapes: B images, N queries, M keys, h heads, d channels of queries and keys a h
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ class _Task(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "temperature", "grad")),
         *((name, ctypes.c_void_p) for name in ("out", "context", "sums", "totals")),
         *((name, ctypes.c_void_p) for name in ("d_query", "d_key", "d_value", "d_temperature")),
-        *((name, ctypes.c_int64 * 3) for name in native.STEPS),
+        *((name, ctypes.c_int64 * 3) for name in (*native.STEPS, "grad_step")),
         *((name, ctypes.c_int64) for name in ("images", "heads", "queries", "keys", "channels", "value_channels")),
         *((name, ctypes.c_int64) for name in ("lanes", "threads")),
         ("min_sum", ctypes.c_float),
@@ -32,12 +31,12 @@ class _Task(ctypes.Structure):
 
 
 def _task(min_sum: float, temperature: Tensor | None, *tensors: Tensor) -> _Task:
-    """Of queries (B, h, N, d), keys, values, outputs (B, h, N, e), and what a head keeps of its tokens."""
+    """Of queries (B, h, N, d), keys, values, outputs (B, N, h, e), and what a head keeps of its tokens."""
     query, key, value, out, *_ = tensors
     task = _Task(min_sum=min_sum)
     task.images, task.heads, task.queries, task.channels = query.shape
     task.keys, task.value_channels = value.shape[2:]
-    native.set_steps(task, native.STEPS, [x.transpose(1, 2) for x in (query, key, value, out)])
+    native.set_steps(task, native.STEPS, [*(x.transpose(1, 2) for x in (query, key, value)), out])
     for name, x in zip(("query", "key", "value", "out", "context", "sums", "totals"), tensors):
         setattr(task, name, x.data_ptr())
     if temperature is not None:
@@ -57,7 +56,7 @@ class _Attend(torch.autograd.Function):
         value: Tensor,
     ) -> Tensor:
         (B, h, N, d), e = query.shape, value.shape[-1]
-        out = value.new_empty(B, N, h, e).transpose(1, 2)
+        out = value.new_empty(B, N, h, e)
         kept = value.new_empty(B, h, d, e), value.new_empty(B, h, d), value.new_empty(B, h, N)
         native.call("linear_forward", _task(min_sum, temperature, query, key, value, out, *kept))
         ctx.save_for_backward(temperature, query, key, value, out, *kept)
@@ -66,26 +65,31 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        temperature, query, key, value, out, *kept = ctx.saved_tensors
+        temperature, *saved = ctx.saved_tensors
         if derived_again(grad):
-            plain = functools.partial(ctx.plain, min_sum=ctx.min_sum)
+
+            def plain(*inputs: Tensor) -> Tensor:
+                return ctx.plain(*inputs, min_sum=ctx.min_sum).transpose(1, 2)
+
             with torch.autocast("cpu", enabled=False):
-                *d_tokens, d_temperature = gradients_of(plain, (query, key, value, temperature), grad)
+                *d_tokens, d_temperature = gradients_of(plain, (*saved[:3], temperature), grad)
             return None, None, d_temperature, *d_tokens
-        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
-        grads = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)]
-        task = _task(ctx.min_sum, temperature, query, key, value, out, *kept)
+        query, key, value, *kept = saved
+        tokens, kept = [native.side_by_side(x) for x in (query, key, value)], [x.contiguous() for x in kept]
+        temperature = None if temperature is None else temperature.contiguous()
+        grad = native.side_by_side(grad)
+        grads = [x.new_empty(x.transpose(1, 2).shape) for x in tokens]
+        task = _task(ctx.min_sum, temperature, *tokens, *kept)
         task.grad = grad.data_ptr()
         task.d_query, task.d_key, task.d_value = (x.data_ptr() for x in grads)
-        native.set_steps(task, native.STEPS[4:], [x.transpose(1, 2) for x in grads])
+        native.set_steps(task, (*native.STEPS[4:], "grad_step"), (*grads, grad))
         d_temperature = None
         if temperature is not None:
-            d_temperatures = temperature.new_empty(*query.shape[:2], 1, 1)
-            task.d_temperature = d_temperatures.data_ptr()
+            d_temperature = temperature.new_empty(*query.shape[:2], 1, 1)
+            task.d_temperature = d_temperature.data_ptr()
         native.call("linear_backward", task)
-        if temperature is not None:
-            d_temperature = d_temperatures.sum(0)
-        return None, None, d_temperature, *grads
+        d_temperature = None if d_temperature is None else d_temperature.sum(0)
+        return None, None, d_temperature, *(x.transpose(1, 2) for x in grads)
 
 
 def attend_linear(
@@ -95,5 +99,7 @@ def attend_linear(
 
     It computes derivatives of derivatives, too.
     """
-    tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-    return _Attend.apply(plain, min_sum, None if temperature is None else temperature.contiguous(), *tokens)
+    tokens = [native.side_by_side(x) for x in (query, key, value)]
+    return _Attend.apply(plain, min_sum, None if temperature is None else temperature.contiguous(), *tokens).transpose(
+        1, 2
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "unused", "usable"]
+__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "side_by_side", "unused", "usable"]
 
 #: Channels are a multiple of this, and so are the queries of a tile.
 LANES = 16
@@ -26,7 +26,7 @@ LANES = 16
 _lanes = LANES
 
 #: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
-_VERSION = 3
+_VERSION = 4
 
 #: Fields of a task: floats from an image, a token and a head to the next, of inputs, the output, and gradients.
 STEPS = ("query_step", "key_step", "value_step", "out_step", "d_query_step", "d_key_step", "d_value_step")
@@ -47,8 +47,8 @@ def _load() -> ctypes.CDLL | None:
     return None
 
 
-#: The compiled library, if there is one.
-library = _load()
+#: The compiled library, if there is one; None leaves it unused.
+library = _compiled = _load()
 
 
 @contextlib.contextmanager
@@ -63,11 +63,21 @@ def unused() -> Iterator[None]:
 
 
 def usable(*tokens: Tensor) -> bool:
-    """Whether the library can compute with queries, keys and values, each (..., channels)."""
-    return library is not None and all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] > 0 and x.shape[-1] % LANES == 0
-        for x in tokens
+    """Whether the library can compute with queries, keys and values, each (..., channels).
+
+    It cannot be seen by what looks on while torch works, such as counters of operations.
+    """
+    return (
+        library is not None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.is_neg() for x in tokens)
+        and all(x.shape[-1] > 0 and x.shape[-1] % LANES == 0 for x in tokens)
     )
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """`x` with the channels of a token next to each other, as the library reads them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def set_steps(task: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -79,4 +89,4 @@ def set_steps(task: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Non
 def call(function: str, task: Any) -> None:
     """Let the library do a task, by the threads that torch has."""
     task.lanes, task.threads = _lanes, torch.get_num_threads()
-    getattr(library, function)(ctypes.byref(task))
+    getattr(_compiled, function)(ctypes.byref(task))

@@ -48,11 +48,11 @@ class _Tables(NamedTuple):
     entry: Tensor  # (P, E + s, q) in the flattened table of biases, after whose end come zero and minus infinity
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=16)
 def _tables(axes: tuple[Axis, ...], extra: int) -> _Tables:
     with torch.inference_mode(False):
-        query = key = mask = torch.zeros(1, 1, dtype=torch.long)
-        entry = torch.zeros(1, 1, 1, dtype=torch.long)
+        query = key = mask = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        entry = torch.zeros(1, 1, 1, dtype=torch.long, device="cpu")
         for axis, size in zip(axes, _sizes(axes)):
             tiles = axis_tiles(axis, size, torch.device("cpu"))
             # Tiles differ in what they see at borders only: each mask is kept once.
@@ -63,12 +63,14 @@ def _tables(axes: tuple[Axis, ...], extra: int) -> _Tables:
             entry = outer_sum(entry * (2 * axis.reach + 1), seen, 3)
 
         end, more = math.prod([2 * axis.reach + 1 for axis in axes]), -query.shape[1] % LANES
-        key = torch.cat([torch.arange(extra).expand(len(key), -1), key + extra], dim=1)
+        key = torch.cat([torch.arange(extra, device="cpu").expand(len(key), -1), key + extra], dim=1)
         entry = F.pad(entry.where(entry >= 0, end + 1), (0, more, extra, 0), value=end)
         return _Tables(
             Tiling(F.pad(query.clamp(min=-1), (0, more), value=-1).int(), key.int(), mask.flatten().int()),
-            torch.zeros(entry.shape).masked_fill_(entry > end, -math.inf).unsqueeze(1),
-            entry,
+            torch.zeros(entry.shape, dtype=torch.float32, device="cpu")
+            .masked_fill_(entry > end, -math.inf)
+            .unsqueeze(1),
+            entry.int(),
         )
 
 

@@ -22,7 +22,7 @@ __all__ = ["Tiling", "attend_tiles"]
 class _Task(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "bias", "grad")),
-        *((name, ctypes.c_void_p) for name in ("out", "sums", "d_query", "d_key", "d_value", "d_bias")),
+        *((name, ctypes.c_void_p) for name in ("out", "d_query", "d_key", "d_value", "d_bias")),
         *((name, ctypes.c_void_p) for name in ("query_at", "key_at", "mask_at")),
         *((name, ctypes.c_int64 * 3) for name in native.STEPS),
         *((name, ctypes.c_int64) for name in ("images", "heads", "channels", "tiles", "queries", "keys")),
@@ -63,13 +63,17 @@ def _split(tokens: Sequence[Tensor], N: int) -> tuple[Tensor, ...]:
 
 def _plain(bias: Tensor | None, *tokens: Tensor, tiling: Tiling, scale: float, N: int) -> Tensor:
     """The same in plain operations, for derivatives of derivatives."""
-    B, image = len(tokens[0]), torch.arange(len(tokens[0])).view(-1, 1, 1)
+    B, image = len(tokens[0]), torch.arange(len(tokens[0]), device="cpu").view(-1, 1, 1)
     query, key, value = _split(tokens, N)
     query = query[:, tiling.query_at.clamp(min=0)].transpose(2, 3)
     key, value = (x[image, tiling.key_at.expand(B, -1, -1)].transpose(2, 3) for x in (key, value))
     scores = (query * scale @ key.transpose(-2, -1)).masked_fill((tiling.key_at < 0)[..., None, None, :], -torch.inf)
     if bias is not None:
-        mask_at = torch.zeros(len(tiling.query_at), dtype=torch.int) if tiling.mask_at is None else tiling.mask_at
+        mask_at = (
+            torch.zeros(len(tiling.query_at), dtype=torch.int, device="cpu")
+            if tiling.mask_at is None
+            else tiling.mask_at
+        )
         scores = scores + bias[mask_at].transpose(-2, -1)
     out = (scores.softmax(dim=-1) @ value).transpose(2, 3).flatten(1, 2)
     return out[:, torch.where(tiling.query_at < 0, N, tiling.query_at).flatten().argsort()[:N]]
@@ -83,32 +87,29 @@ class _Attend(torch.autograd.Function):
         out = tokens[0].new_empty(B, N, h, d)
         task = _task(tiling, bias, scale, out, *parts)
         task.out = out.data_ptr()
-        sums = None
-        if any(ctx.needs_input_grad):
-            sums = out.new_empty(B, h, *tiling.query_at.shape)
-            task.sums = sums.data_ptr()
         native.call("tiles_forward", task)
-        ctx.save_for_backward(bias, sums, *tokens)
+        ctx.save_for_backward(bias, *tokens)
         ctx.tiling, ctx.scale, ctx.N = tiling, scale, N
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        bias, sums, *tokens = ctx.saved_tensors
+        bias, *tokens = ctx.saved_tensors
         if derived_again(grad):
             plain = functools.partial(_plain, tiling=ctx.tiling, scale=ctx.scale, N=ctx.N)
             with torch.autocast("cpu", enabled=False):
                 d_bias, *d_tokens = gradients_of(plain, (bias, *tokens), grad)
             return d_bias, None, None, None, *d_tokens
-        grad = grad.contiguous()
+        bias, grad = None if bias is None else bias.contiguous(), native.side_by_side(grad)
+        tokens = [native.side_by_side(x) for x in tokens]
         grads = [grad.new_zeros(x.shape) for x in tokens]
         task = _task(ctx.tiling, bias, ctx.scale, grad, *_split(tokens, ctx.N))
-        task.grad, task.sums = grad.data_ptr(), sums.data_ptr()
+        task.grad = grad.data_ptr()
         parts = _split(grads, ctx.N)
         task.d_query, task.d_key, task.d_value = (x.data_ptr() for x in parts)
         native.set_steps(task, native.STEPS[4:], parts)
         d_bias = None
-        if ctx.needs_input_grad[0]:
+        if bias is not None and ctx.needs_input_grad[0]:
             d_bias = torch.zeros_like(bias)
             task.d_bias = d_bias.data_ptr()
         native.call("tiles_backward", task)
@@ -133,4 +134,4 @@ def attend_tiles(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tok
         (B, N, h, d).
     """
     bias = None if bias is None else bias.contiguous()
-    return _Attend.apply(bias, tiling, scale, N, *[x if x.stride(-1) == 1 else x.contiguous() for x in tokens])
+    return _Attend.apply(bias, tiling, scale, N, *[native.side_by_side(x) for x in tokens])

@@ -61,10 +61,7 @@ INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_
     typedef Lanes<L> V;
     typename V::Float sum[K][C];
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) {
-            sum[k][c] = typename V::Float{};
-            if (add) sum[k][c] = V::load(out + k * out_step + first + c * L);
-        }
+        for (int c = 0; c < C; c++) sum[k][c] = typename V::Float{};
     for (int64_t n = 0; n < count; n++) {
         for (int c = 0; c < C; c++) {
             const typename V::Float row = V::load(in + n * in_step + first + c * L);
@@ -72,7 +69,11 @@ INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_
         }
     }
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) V::store(out + k * out_step + first + c * L, sum[k][c]);
+        for (int c = 0; c < C; c++) {
+            float *to = out + k * out_step + first + c * L;
+            if (add) sum[k][c] += V::load(to);
+            V::store(to, sum[k][c]);
+        }
 }
 
 // All `width` floats of `rows` rows: out (rows, width) = or += weights (count, rows) transposed times in (count, width).

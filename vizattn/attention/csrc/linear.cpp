@@ -10,6 +10,7 @@ struct LinearTask {
     const float *query, *key, *value, *temperature, *grad;
     float *out, *context, *sums, *totals, *d_query, *d_key, *d_value, *d_temperature;
     int64_t query_step[3], key_step[3], value_step[3], out_step[3], d_query_step[3], d_key_step[3], d_value_step[3];
+    int64_t grad_step[3];
     int64_t images, heads, queries, keys, channels, value_channels, lanes, threads;
     float min_sum;
 };
@@ -42,12 +43,6 @@ template <int L> INLINE float dot(const float *a, const float *b, int64_t width)
     typename V::Float sum = V::load(a) * V::load(b);
     for (int64_t c = L; c < width; c += L) sum += V::load(a + c) * V::load(b + c);
     return V::total(sum);
-}
-
-// to += factor * x.
-template <int L> INLINE void add(const float *x, float factor, int64_t width, float *to) {
-    typedef Lanes<L> V;
-    for (int64_t c = 0; c < width; c += L) V::store(to + c, V::load(to + c) + V::load(x + c) * factor);
 }
 
 // (d, e) -> (e, d), times `factor`.
@@ -87,9 +82,9 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             const int64_t count = std::min(AT_ONCE, t.keys - n);
             positive<L>(key + n * t.key_step[1], t.key_step[1], count, d, tokens);
             for (int64_t c = 0; c < d; c += L) {
-                typename V::Float sum = V::load(sums + c);
+                typename V::Float sum{};
                 for (int64_t i = 0; i < count; i++) sum += V::load(tokens + i * d + c);
-                V::store(sums + c, sum);
+                V::store(sums + c, V::load(sums + c) + sum);
             }
             products<L, true>(tokens, d, 1, count, value + n * t.value_step[1], t.value_step[1], e, context, e, d);
         }
@@ -109,7 +104,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         return;
     }
 
-    const float *grad = t.grad + first(t.out_step);
+    const float *grad = t.grad + first(t.grad_step);
     float *d_query = t.d_query + first(t.d_query_step), *d_key = t.d_key + first(t.d_key_step);
     float *d_value = t.d_value + first(t.d_value_step), *turned = room.turned.data();
     float *grads = room.grads.data(), *d_sums = room.sums.data(), d_totals[AT_ONCE];
@@ -121,11 +116,15 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         positive<L>(query + n * t.query_step[1], t.query_step[1], count, d, tokens);
         for (int64_t i = 0; i < count; i++) {
             const float total = totals[n + i];
-            const float *row = grad + (n + i) * t.out_step[1];
+            const float *row = grad + (n + i) * t.grad_step[1];
             for (int64_t c = 0; c < e; c += L)
                 V::store(grads + i * e + c, V::load(row + c) * (1.0f / (total < t.min_sum ? t.min_sum : total)));
             d_totals[i] = total < t.min_sum ? 0.0f : -dot<L>(grads + i * e, out + (n + i) * t.out_step[1], e);
-            add<L>(tokens + i * d, d_totals[i], d, d_sums);
+        }
+        for (int64_t c = 0; c < d; c += L) {
+            typename V::Float sum{};
+            for (int64_t i = 0; i < count; i++) sum += V::load(tokens + i * d + c) * d_totals[i];
+            V::store(d_sums + c, V::load(d_sums + c) + sum);
         }
         float *rows = d_query + n * t.d_query_step[1];
         products<L, false>(grads, 1, e, e, turned, d, d, rows, t.d_query_step[1], count);

@@ -10,7 +10,7 @@
 // As in tiles_native.py, where the tensors have their shapes. `*_step` are floats from an image, token and head to the next.
 struct Task {
     const float *query, *key, *value, *bias, *grad;
-    float *out, *sums, *d_query, *d_key, *d_value, *d_bias;
+    float *out, *d_query, *d_key, *d_value, *d_bias;
     const int32_t *query_at, *key_at, *mask_at;
     int64_t query_step[3], key_step[3], value_step[3], out_step[3], d_query_step[3], d_key_step[3], d_value_step[3];
     int64_t images, heads, channels, tiles, queries, keys, bias_heads, key_at_step, lanes, threads;
@@ -106,17 +106,16 @@ INLINE void all_sends(const float *weights, const float *by_lane, int64_t count,
     if (c < channels) sends<L, K, 1>(weights, by_lane, count, c, channels, rows);
 }
 
-// Rows of L queries times `factor`: by lane (L, channels), by channel (channels, L), either if wanted; 0 for no query.
+// Rows of L queries, each times its factor: by lane (L, channels), by channel (channels, L), either if wanted; 0 for none.
 template <int L>
-INLINE void take(const float *rows, int64_t step, const int32_t *at, int64_t channels, float factor, float *by_lane,
-                 float *by_channel) {
+INLINE void take(const float *rows, int64_t step, const int32_t *at, int64_t channels,
+                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel) {
     for (int l = 0; l < L; l++) {
-        const float *row = at[l] < 0 ? rows : rows + at[l] * step;
-        const float times = at[l] < 0 ? 0.0f : factor;
+        const float *row = rows + at[l] * step;
         if (by_lane)
-            for (int64_t c = 0; c < channels; c++) by_lane[l * channels + c] = row[c] * times;
+            for (int64_t c = 0; c < channels; c++) by_lane[l * channels + c] = at[l] < 0 ? 0.0f : row[c] * factors[l];
         if (by_channel)
-            for (int64_t c = 0; c < channels; c++) by_channel[c * L + l] = row[c] * times;
+            for (int64_t c = 0; c < channels; c++) by_channel[c * L + l] = at[l] < 0 ? 0.0f : row[c] * factors[l];
     }
 }
 
@@ -169,43 +168,37 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
         const int64_t mask = bias_first + (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads * entries;
         for (int64_t lane = 0; lane < t.queries; lane += L) {
             const int32_t *at = t.query_at + tile * t.queries + lane;
-            float *sums = t.sums ? t.sums + ((image * t.heads + head) * t.tiles + tile) * t.queries + lane : nullptr;
             const float *start = t.bias ? t.bias + mask + lane : nullptr;
-            take<L>(query, t.query_step[1], at, d, t.scale * LOG2_E, nullptr, query_by_channel);
+            take<L>(query, t.query_step[1], at, d, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
             scores<L, 8>(query_by_channel, keys, count, d, start, t.queries, p);
+            Float top = V::load(p), total = Float{};
+            for (int64_t k = 1; k < count; k++) {
+                const Float x = V::load(p + k * L);
+                top = x > top ? x : top;
+            }
+            for (int64_t k = 0; k < count; k++) {
+                Float x = V::load(p + k * L) - top;
+                V::exp2(x);
+                V::store(p + k * L, x);
+                total += x;
+            }
+            const Float share = 1.0f / total;
             if (!backward) {
-                Float top = V::load(p), total = Float{};
-                for (int64_t k = 1; k < count; k++) {
-                    const Float x = V::load(p + k * L);
-                    top = x > top ? x : top;
-                }
-                for (int64_t k = 0; k < count; k++) {
-                    Float x = V::load(p + k * L) - top;
-                    V::exp2(x);
-                    V::store(p + k * L, x);
-                    total += x;
-                }
                 mixes<L, (L < 8 ? L : 8)>(p, values, count, d, result);
                 for (int l = 0; l < L; l++) {
-                    if (sums) sums[l] = top[l] + log2f(total[l]);
                     if (at[l] < 0) continue;
                     float *row = t.out + out_first + at[l] * t.out_step[1];
-                    for (int64_t c = 0; c < d; c += L)
-                        V::store(row + c, V::load(result + l * d + c) * (1.0f / total[l]));
+                    for (int64_t c = 0; c < d; c += L) V::store(row + c, V::load(result + l * d + c) * share[l]);
                 }
                 continue;
             }
-            take<L>(query, t.query_step[1], at, d, t.scale, query_by_lane, nullptr);
-            take<L>(t.grad + out_first, t.out_step[1], at, d, 1.0f, grad_by_lane, grad_by_channel);
+            // The shares are given to the gradients of outputs, which are fewer than probabilities.
+            take<L>(t.grad + out_first, t.out_step[1], at, d, share, grad_by_lane, grad_by_channel);
+            take<L>(query, t.query_step[1], at, d, Float{} + t.scale, query_by_lane, nullptr);
             scores<L, 8>(grad_by_channel, values, count, d, nullptr, 0, ds);
-            const Float total = V::load(sums);
             Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
-            for (int64_t k = 0; k < count; k++) {
-                Float x = V::load(p + k * L) - total;
-                V::exp2(x);
-                V::store(p + k * L, x);
-                mean += x * V::load(ds + k * L);
-            }
+            for (int64_t k = 0; k < count; k++) mean += V::load(p + k * L) * V::load(ds + k * L);
+            mean *= share;
             for (int64_t k = 0; k < count; k++)
                 V::store(ds + k * L, (V::load(ds + k * L) - mean) * V::load(p + k * L));
             if (t.d_bias) {
@@ -239,7 +232,7 @@ void run(const Task &t, void (*one)(const Task &, int64_t, int64_t, Room &)) {
 }  // namespace
 
 extern "C" {
-int64_t version() { return 3; }  // of all tasks, as in native.py
+int64_t version() { return 4; }  // of all tasks, as in native.py
 void tiles_forward(const Task *task) { run(*task, chosen<false>(task->lanes)); }
 void tiles_backward(const Task *task) { run(*task, chosen<true>(task->lanes)); }
 }
