@@ -1,7 +1,7 @@
 """Small layers that several backbones share and `timm.layers` does not have."""
 
 from vizattn.layers.conv_norm import ConvNorm, PooledNorm
-from vizattn.layers.linear import Linear
+from vizattn.layers.linear import Linear, PointwiseConv
 from vizattn.layers.transformer_block import LayerNorm, TransformerBlock
 
-__all__ = ["ConvNorm", "LayerNorm", "Linear", "PooledNorm", "TransformerBlock"]
+__all__ = ["ConvNorm", "LayerNorm", "Linear", "PointwiseConv", "PooledNorm", "TransformerBlock"]

@@ -7,6 +7,8 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.layers.linear import PointwiseConv
+
 __all__ = ["ConvNorm", "LinearNorm", "PooledNorm", "fold_after", "fold_before"]
 
 
@@ -75,7 +77,11 @@ class ConvNorm(nn.Sequential):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         padding = kernel_size // 2 if padding is None else padding
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=bias, **dd)
+        self.conv: nn.Conv2d
+        if kernel_size == stride == groups == 1 and padding == 0:
+            self.conv = PointwiseConv(in_chs, out_chs, bias=bias, **dd)
+        else:
+            self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=bias, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         nn.init.constant_(self.bn.weight, bn_weight_init)
 
