@@ -17,7 +17,7 @@ def makers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 9, 6), (1, 1, 6), (3, 0, 6), (4, 6), (2, 3, 5, 6)])
+@pytest.mark.parametrize("shape", [(2, 9, 6), (1, 1, 6), (2, 2048, 6), (3, 0, 6), (4, 6), (2, 3, 5, 6)])
 def test_same_as_linear(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = Linear(6, 4, bias=bias), torch.randn(shape)

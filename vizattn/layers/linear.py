@@ -15,10 +15,13 @@ from torch.nn import functional as F
 
 __all__ = ["Linear", "PointwiseConv"]
 
+#: So many tokens are not few: oneDNN is as fast as MKL on any CPU.
+MANY = 4096
+
 
 @functools.cache
 def _mkl_is_faster() -> bool:
-    """MKL takes half the time of oneDNN for small maps on an Intel CPU, and twice its time on one of another maker.
+    """MKL takes half the time of oneDNN for maps of 14 x 14 on an Intel CPU, and twice its time on one of another maker.
 
     Measured with PyTorch 2.14, two threads, AVX-512 both times; with one thread there is little difference.
     """
@@ -41,13 +44,14 @@ def _in_inference(x: Tensor) -> bool:
 
 @register_notrace_module  # paths depend on the input
 class Linear(nn.Linear):
-    """`nn.Linear` on tokens; in float32 inference on a CPU that is not Intel's, as a 1 x 1 convolution."""
+    """`nn.Linear` on tokens; in float32 inference on a CPU as a 1 x 1 convolution, on Intel's where tokens are many."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, N, in_features) -> (B, N, out_features); other shapes in the usual way."""
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
-        if input.ndim == 3 and _in_inference(input) and not _mkl_is_faster():
+        many = input.ndim == 3 and input.shape[0] * input.shape[1] >= MANY
+        if input.ndim == 3 and _in_inference(input) and (many or not _mkl_is_faster()):
             image = input.unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, N), channels last
             return F.conv2d(image, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).squeeze(1)
         return F.linear(input, self.weight, self.bias)
