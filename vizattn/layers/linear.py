@@ -21,7 +21,7 @@ MANY = 4096
 
 @functools.cache
 def _mkl_is_faster() -> bool:
-    """MKL takes half the time of oneDNN for maps of 14 x 14 on an Intel CPU, and twice its time on one of another maker.
+    """MKL takes half the time of oneDNN for maps of 14 x 14 on an Intel CPU, and twice its time on another maker's.
 
     Measured with PyTorch 2.14, two threads, AVX-512 both times; with one thread there is little difference.
     """
