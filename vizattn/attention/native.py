@@ -65,8 +65,10 @@ def unused() -> Iterator[None]:
 def usable(*tokens: Tensor) -> bool:
     """Whether the library can compute with queries, keys and values, each (..., channels).
 
-    It cannot be seen by what looks on while torch works, such as counters of operations.
+    It cannot be seen by what looks on while torch works, such as compilers and counters of operations.
     """
+    if torch.compiler.is_compiling():
+        return False
     return (
         library is not None
         and torch._C._len_torch_dispatch_stack() == 0

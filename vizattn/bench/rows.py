@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vizattn.attention import native
 from vizattn.bench.case import Case
 from vizattn.errors import VizattnError
 from vizattn.files import write_text
@@ -98,6 +99,7 @@ def context_here(command: str) -> dict[str, str]:
     from vizattn.version import __version__
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions["attention"] = "torch alone" if native.library is None else "compiled"
     return {
         "machine": f"{_processor()}, {os.cpu_count()} CPUs, {platform.system()}",
         "versions": ", ".join(f"{name} {version}" for name, version in ({"vizattn": __version__} | versions).items()),

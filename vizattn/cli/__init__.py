@@ -143,7 +143,11 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _versions() -> str:
     packages = ("vizattn", "torch", "torchvision", "timm", "mmengine-lite")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    compiled = any((Path(__file__).parents[1] / "attention").glob("_native.*"))
+    library = "with" if compiled else "without"
+    return (
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages) + f", {library} compiled attention"
+    )
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
