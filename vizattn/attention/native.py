@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "side_by_side", "unused", "usable"]
+__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "side_by_side", "takes", "unused", "usable"]
 
 #: Channels are a multiple of this, and so are the queries of a tile.
 LANES = 16
@@ -62,8 +62,16 @@ def unused() -> Iterator[None]:
         library = before
 
 
+def takes(*tokens: Tensor) -> bool:
+    """Whether queries, keys and values, each (..., channels), are what the library computes with."""
+    return all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] > 0 and x.shape[-1] % LANES == 0
+        for x in tokens
+    )
+
+
 def usable(*tokens: Tensor) -> bool:
-    """Whether the library can compute with queries, keys and values, each (..., channels).
+    """Whether the library is there for queries, keys and values, each (..., channels).
 
     It cannot be seen by what looks on while torch works, such as compilers and counters of operations.
     """
@@ -72,8 +80,8 @@ def usable(*tokens: Tensor) -> bool:
     return (
         library is not None
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.is_neg() for x in tokens)
-        and all(x.shape[-1] > 0 and x.shape[-1] % LANES == 0 for x in tokens)
+        and takes(*tokens)
+        and not any(x.is_neg() for x in tokens)
     )
 
 

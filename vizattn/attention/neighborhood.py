@@ -210,7 +210,7 @@ def _chosen(backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor
     elif backend == "native":
         reasons = {
             "vizattn was installed without a C++ compiler, or VIZATTN_NATIVE is 0": native.library is None,
-            f"it takes float32 on a CPU, with a multiple of {native.LANES} channels a head": not native.usable(
+            f"it takes float32 on a CPU, with a multiple of {native.LANES} channels a head": not native.takes(
                 query, key, value
             ),
         }

@@ -69,12 +69,7 @@ def _plain(bias: Tensor | None, *tokens: Tensor, tiling: Tiling, scale: float, N
     key, value = (x[image, tiling.key_at.expand(B, -1, -1)].transpose(2, 3) for x in (key, value))
     scores = (query * scale @ key.transpose(-2, -1)).masked_fill((tiling.key_at < 0)[..., None, None, :], -torch.inf)
     if bias is not None:
-        mask_at = (
-            torch.zeros(len(tiling.query_at), dtype=torch.int, device="cpu")
-            if tiling.mask_at is None
-            else tiling.mask_at
-        )
-        scores = scores + bias[mask_at].transpose(-2, -1)
+        scores = scores + (bias if tiling.mask_at is None else bias[tiling.mask_at]).transpose(-2, -1)
     out = (scores.softmax(dim=-1) @ value).transpose(2, 3).flatten(1, 2)
     return out[:, torch.where(tiling.query_at < 0, N, tiling.query_at).flatten().argsort()[:N]]
 

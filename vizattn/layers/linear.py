@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 __all__ = ["Linear", "PointwiseConv"]
 
-#: So many tokens are not few: oneDNN is as fast as MKL on any CPU.
+#: From so many tokens on, oneDNN was as fast as MKL on an Intel CPU, too.
 MANY = 4096
 
 
 @functools.cache
 def _mkl_is_faster() -> bool:
-    """MKL takes half the time of oneDNN for maps of 14 x 14 on an Intel CPU, and twice its time on another maker's.
+    """As it was for small maps on an Intel CPU, and was not on one of another maker: PyTorch 2.14, two threads.
 
-    Measured with PyTorch 2.14, two threads, AVX-512 both times; with one thread there is little difference.
+    `vizattn bench backbones --only efficientvit` shows it beside timm's models, whose convolutions are always oneDNN's.
     """
     cpus = Path("/proc/cpuinfo")
     maker = cpus.read_text() if cpus.exists() else platform.processor()
@@ -50,8 +50,11 @@ class Linear(nn.Linear):
         """(B, N, in_features) -> (B, N, out_features); other shapes in the usual way."""
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
-        many = input.ndim == 3 and input.shape[0] * input.shape[1] >= MANY
-        if input.ndim == 3 and _in_inference(input) and (many or not _mkl_is_faster()):
+        if (
+            input.ndim == 3
+            and _in_inference(input)
+            and (input.shape[0] * input.shape[1] >= MANY or not _mkl_is_faster())
+        ):
             image = input.unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, N), channels last
             return F.conv2d(image, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).squeeze(1)
         return F.linear(input, self.weight, self.bias)

@@ -33,7 +33,7 @@ template <int L> struct Lanes {
         }
     }
 
-    // In place of each x, 2 to its power, within 2 units in the last place; below the range of normal numbers 0.
+    // In place of each x, 2 to its power, as near as float32 is; below the range of normal numbers 0.
     static INLINE void exp2(Float &x) {
         const Float least = Float{} - 126.0f;
         const Float rounding = Float{} + 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
