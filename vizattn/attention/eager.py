@@ -8,6 +8,8 @@ from torch.autograd import forward_ad
 
 __all__ = ["derived_again", "eager", "gradients_of", "transformed"]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 @torch.jit.unused
 def transformed() -> bool:
@@ -39,7 +41,7 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
-    given = [x for x in tensors if x is not None]
-    return all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in given) and all(
-        forward_ad.unpack_dual(x).tangent is None for x in given
-    )
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or forward_ad.unpack_dual(x).tangent is not None):
+            return False
+    return True

@@ -45,10 +45,6 @@ def linear_attention(
     if torch.jit.is_scripting():
         return _linear_attention(query, key, value, temperature, min_sum)
     else:
-        device_type = query.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return _in_eager_mode(query, key, value, temperature, min_sum)
         return _in_eager_mode(query, key, value, temperature, min_sum)
 
 
@@ -64,13 +60,26 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, temperature: Te
 
 @torch.jit.unused
 def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
-    inputs = [x for x in (query, key, value, temperature) if x is not None]
-    alike = query.dim() == key.dim() == value.dim() == 4 and (*query.shape[:2], *value.shape[2:]) == value.shape
-    alike = alike and (*value.shape[:3], query.shape[3]) == key.shape
-    if temperature is not None:
-        alike = alike and (temperature.dtype, temperature.shape) == (torch.float32, (query.shape[1], 1, 1))
-    if alike and usable(query, key, value) and eager(*inputs):
+    if _by_library(query, key, value, temperature):
         return attend_linear(query, key, value, temperature, min_sum, _linear_attention)
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _by_torch(query, key, value, temperature, min_sum)
+    return _by_torch(query, key, value, temperature, min_sum)
+
+
+def _by_library(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None) -> bool:
+    if not (usable(query, key, value) and eager(query, key, value, temperature)):
+        return False
+    shape, keys, values = query.shape, key.shape, value.shape
+    if len(shape) != 4 or len(values) != 4 or (*shape[:2], values[2], shape[3]) != keys or keys[:3] != values[:3]:
+        return False
+    return temperature is None or (temperature.dtype, temperature.shape) == (torch.float32, (shape[1], 1, 1))
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:
+    inputs = [x for x in (query, key, value, temperature) if x is not None]
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     wide = value.dtype in (torch.float32, torch.float64) and all(x.dtype == value.dtype for x in inputs)
     function = _Attend.apply if learning and wide and eager(*inputs) else _linear_attention

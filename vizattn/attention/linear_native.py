@@ -5,7 +5,6 @@ Shapes: B images, N queries, M keys, h heads, d channels of queries and keys a h
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -17,31 +16,25 @@ from vizattn.attention.eager import derived_again, gradients_of
 
 __all__ = ["attend_linear"]
 
+#: LinearTask in linear.cpp: 13 tensors, steps of the 8 that have tokens, and 6 sizes.
+_TASK = native.layout(13, 8 * 3 + 6)
 
-class _Task(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "temperature", "grad")),
-        *((name, ctypes.c_void_p) for name in ("out", "context", "sums", "totals")),
-        *((name, ctypes.c_void_p) for name in ("d_query", "d_key", "d_value", "d_temperature")),
-        *((name, ctypes.c_int64 * 3) for name in (*native.STEPS, "grad_step")),
-        *((name, ctypes.c_int64) for name in ("images", "heads", "queries", "keys", "channels", "value_channels")),
-        *((name, ctypes.c_int64) for name in ("lanes", "threads")),
-        ("min_sum", ctypes.c_float),
+
+def _forward(
+    min_sum: float, temperature: Tensor | None, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
+) -> Tensor:
+    """(B, h, N, e), one token after another in memory."""
+    (B, h, N, d), (_, _, M, e) = query.shape, value.shape
+    out = value.new_empty(B, N, h, e).transpose(1, 2)
+    native.call(
+        "linear_forward",
+        _TASK,
+        min_sum,
+        *native.addresses(query, key, value, temperature, None, out, *(kept or (None,) * 3), None, None, None, None),
+        *native.steps(query, key, value, out, None, None, None, None),
+        *(B, h, N, M, d, e),
     )
-
-
-def _task(min_sum: float, temperature: Tensor | None, *tensors: Tensor) -> _Task:
-    """Of queries (B, h, N, d), keys, values, outputs (B, N, h, e), and what a head keeps of its tokens."""
-    query, key, value, out, *_ = tensors
-    task = _Task(min_sum=min_sum)
-    task.images, task.heads, task.queries, task.channels = query.shape
-    task.keys, task.value_channels = value.shape[2:]
-    native.set_steps(task, native.STEPS, [*(x.transpose(1, 2) for x in (query, key, value)), out])
-    for name, x in zip(("query", "key", "value", "out", "context", "sums", "totals"), tensors):
-        setattr(task, name, x.data_ptr())
-    if temperature is not None:
-        task.temperature = temperature.data_ptr()
-    return task
+    return out
 
 
 class _Attend(torch.autograd.Function):
@@ -56,9 +49,8 @@ class _Attend(torch.autograd.Function):
         value: Tensor,
     ) -> Tensor:
         (B, h, N, d), e = query.shape, value.shape[-1]
-        out = value.new_empty(B, N, h, e)
         kept = value.new_empty(B, h, d, e), value.new_empty(B, h, d), value.new_empty(B, h, N)
-        native.call("linear_forward", _task(min_sum, temperature, query, key, value, out, *kept))
+        out = _forward(min_sum, temperature, query, key, value, kept)
         ctx.save_for_backward(temperature, query, key, value, out, *kept)
         ctx.plain, ctx.min_sum = plain, min_sum
         return out
@@ -69,27 +61,28 @@ class _Attend(torch.autograd.Function):
         if derived_again(grad):
 
             def plain(*inputs: Tensor) -> Tensor:
-                return ctx.plain(*inputs, min_sum=ctx.min_sum).transpose(1, 2)
+                return ctx.plain(*inputs, min_sum=ctx.min_sum)
 
             with torch.autocast("cpu", enabled=False):
                 *d_tokens, d_temperature = gradients_of(plain, (*saved[:3], temperature), grad)
             return None, None, d_temperature, *d_tokens
-        query, key, value, *kept = saved
-        tokens, kept = [native.side_by_side(x) for x in (query, key, value)], [x.contiguous() for x in kept]
-        temperature = None if temperature is None else temperature.contiguous()
-        grad = native.side_by_side(grad)
-        grads = [x.new_empty(x.transpose(1, 2).shape) for x in tokens]
-        task = _task(ctx.min_sum, temperature, *tokens, *kept)
-        task.grad = grad.data_ptr()
-        task.d_query, task.d_key, task.d_value = (x.data_ptr() for x in grads)
-        native.set_steps(task, (*native.STEPS[4:], "grad_step"), (*grads, grad))
+        tokens = [native.side_by_side(x) for x in (*saved[:4], grad)]
+        kept = [x.contiguous() for x in saved[4:]]
+        grads = [native.like(x) for x in tokens[:3]]
+        query, key, value, out, grad = tokens
         d_temperature = None
         if temperature is not None:
+            temperature = temperature.contiguous()
             d_temperature = temperature.new_empty(*query.shape[:2], 1, 1)
-            task.d_temperature = d_temperature.data_ptr()
-        native.call("linear_backward", task)
-        d_temperature = None if d_temperature is None else d_temperature.sum(0)
-        return None, None, d_temperature, *(x.transpose(1, 2) for x in grads)
+        native.call(
+            "linear_backward",
+            _TASK,
+            ctx.min_sum,
+            *native.addresses(query, key, value, temperature, grad, out, *kept, *grads, d_temperature),
+            *native.steps(query, key, value, out, *grads, grad),
+            *(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3]),
+        )
+        return None, None, None if d_temperature is None else d_temperature.sum(0), *grads
 
 
 def attend_linear(
@@ -99,7 +92,9 @@ def attend_linear(
 
     It computes derivatives of derivatives, too.
     """
-    tokens = [native.side_by_side(x) for x in (query, key, value)]
-    return _Attend.apply(plain, min_sum, None if temperature is None else temperature.contiguous(), *tokens).transpose(
-        1, 2
-    )
+    query, key, value = native.side_by_side(query), native.side_by_side(key), native.side_by_side(value)
+    if temperature is not None:
+        temperature = temperature.contiguous()
+    if torch.is_grad_enabled():
+        return _Attend.apply(plain, min_sum, temperature, query, key, value)
+    return _forward(min_sum, temperature, query, key, value, ())

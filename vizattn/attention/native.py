@@ -9,15 +9,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "STEPS", "call", "library", "set_steps", "side_by_side", "takes", "unused", "usable"]
+__all__ = [
+    "LANES",
+    "addresses",
+    "call",
+    "layout",
+    "library",
+    "like",
+    "side_by_side",
+    "steps",
+    "takes",
+    "unused",
+    "usable",
+]
 
 #: Channels are a multiple of this, and so are the queries of a tile.
 LANES = 16
@@ -26,10 +38,7 @@ LANES = 16
 _lanes = LANES
 
 #: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
-_VERSION = 4
-
-#: Fields of a task: floats from an image, a token and a head to the next, of inputs, the output, and gradients.
-STEPS = ("query_step", "key_step", "value_step", "out_step", "d_query_step", "d_key_step", "d_value_step")
+_VERSION = 5
 
 
 def _load() -> ctypes.CDLL | None:
@@ -64,10 +73,10 @@ def unused() -> Iterator[None]:
 
 def takes(*tokens: Tensor) -> bool:
     """Whether queries, keys and values, each (..., channels), are what the library computes with."""
-    return all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] > 0 and x.shape[-1] % LANES == 0
-        for x in tokens
-    )
+    for x in tokens:
+        if not x.is_cpu or x.dtype is not torch.float32 or not x.shape[-1] or x.shape[-1] % LANES:
+            return False
+    return True
 
 
 def usable(*tokens: Tensor) -> bool:
@@ -75,14 +84,12 @@ def usable(*tokens: Tensor) -> bool:
 
     It cannot be seen by what looks on while torch works, such as compilers and counters of operations.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or library is None or torch._C._len_torch_dispatch_stack():
         return False
-    return (
-        library is not None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and takes(*tokens)
-        and not any(x.is_neg() for x in tokens)
-    )
+    for x in tokens:
+        if x.is_neg():
+            return False
+    return takes(*tokens)
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -90,13 +97,26 @@ def side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def set_steps(task: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Fields of a task from tensors (images, tokens, heads, channels), whose channels lie side by side."""
-    for name, x in zip(names, tensors):
-        setattr(task, name, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+def like(x: Tensor) -> Tensor:
+    """Room for the gradient of `x`, in the order that `x` has in memory."""
+    return side_by_side(torch.empty_like(x))
 
 
-def call(function: str, task: Any) -> None:
+def layout(tensors: int, numbers: int) -> struct.Struct:
+    """Of a task in the sources: a float, addresses of tensors, whole numbers, and the lanes and threads."""
+    return struct.Struct(f"@f{tensors}P{numbers + 2}q")
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """For the layout; None is no tensor."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def steps(*tensors: Tensor | None) -> list[int]:
+    """For the layout: floats to the next one along each dimension but the channels, which lie side by side."""
+    return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def call(function: str, layout: struct.Struct, *task: float) -> None:
     """Let the library do a task, by the threads that torch has."""
-    task.lanes, task.threads = _lanes, torch.get_num_threads()
-    getattr(_compiled, function)(ctypes.byref(task))
+    getattr(_compiled, function)(layout.pack(*task, _lanes, torch.get_num_threads()))

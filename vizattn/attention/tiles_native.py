@@ -5,7 +5,6 @@ Shapes: B images, T tiles of q queries and s keys, N queries, M keys, h heads, d
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,16 +18,8 @@ from vizattn.attention.eager import derived_again, gradients_of
 __all__ = ["Tiling", "attend_tiles"]
 
 
-class _Task(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "bias", "grad")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_query", "d_key", "d_value", "d_bias")),
-        *((name, ctypes.c_void_p) for name in ("query_at", "key_at", "mask_at")),
-        *((name, ctypes.c_int64 * 3) for name in native.STEPS),
-        *((name, ctypes.c_int64) for name in ("images", "heads", "channels", "tiles", "queries", "keys")),
-        *((name, ctypes.c_int64) for name in ("bias_heads", "key_at_step", "lanes", "threads")),
-        ("scale", ctypes.c_float),
-    )
+#: Task in tiles.cpp: 13 tensors, steps of the 7 that have tokens, and 8 sizes.
+_TASK = native.layout(13, 7 * 3 + 8)
 
 
 class Tiling(NamedTuple):
@@ -39,20 +30,11 @@ class Tiling(NamedTuple):
     mask_at: Tensor | None  # (T,) int32: which of the P masks; None: the only one
 
 
-def _task(tiling: Tiling, bias: Tensor | None, scale: float, out: Tensor, *tokens: Tensor) -> _Task:
-    """`out` (B, N, h, d) and queries, keys and values, likewise, whose numbers are given only to be read."""
-    task = _Task(scale=scale)
-    native.set_steps(task, native.STEPS, (*tokens, out))
-    task.query, task.key, task.value = (x.data_ptr() for x in tokens)
-    task.images, _, task.heads, task.channels = out.shape
-    (task.tiles, task.queries), task.keys = tiling.query_at.shape, tiling.key_at.shape[-1]
-    task.query_at, task.key_at = tiling.query_at.data_ptr(), tiling.key_at.data_ptr()
-    task.key_at_step = tiling.key_at.stride(0) if tiling.key_at.dim() == 3 else 0
-    if tiling.mask_at is not None:
-        task.mask_at = tiling.mask_at.data_ptr()
-    if bias is not None:
-        task.bias, task.bias_heads = bias.data_ptr(), bias.shape[1]
-    return task
+def _sizes(tiling: Tiling, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
+    """Of the task: images, heads, channels, tiles, queries and keys of a tile, heads of biases, step of `key_at`."""
+    key_at = tiling.key_at
+    bias_heads, key_at_step = 1 if bias is None else bias.shape[1], key_at.stride(0) if key_at.dim() == 3 else 0
+    return out.shape[0], *out.shape[2:], *tiling.query_at.shape, key_at.shape[-1], bias_heads, key_at_step
 
 
 def _split(tokens: Sequence[Tensor], N: int) -> tuple[Tensor, ...]:
@@ -80,9 +62,14 @@ class _Attend(torch.autograd.Function):
         parts = _split(tokens, N)
         B, _, h, d = parts[1].shape
         out = tokens[0].new_empty(B, N, h, d)
-        task = _task(tiling, bias, scale, out, *parts)
-        task.out = out.data_ptr()
-        native.call("tiles_forward", task)
+        native.call(
+            "tiles_forward",
+            _TASK,
+            scale,
+            *native.addresses(*parts, bias, None, out, None, None, None, None, *tiling),
+            *native.steps(*parts, out, None, None, None),
+            *_sizes(tiling, bias, out),
+        )
         ctx.save_for_backward(bias, *tokens)
         ctx.tiling, ctx.scale, ctx.N = tiling, scale, N
         return out
@@ -98,16 +85,16 @@ class _Attend(torch.autograd.Function):
         bias, grad = None if bias is None else bias.contiguous(), native.side_by_side(grad)
         tokens = [native.side_by_side(x) for x in tokens]
         grads = [grad.new_zeros(x.shape) for x in tokens]
-        task = _task(ctx.tiling, bias, ctx.scale, grad, *_split(tokens, ctx.N))
-        task.grad = grad.data_ptr()
-        parts = _split(grads, ctx.N)
-        task.d_query, task.d_key, task.d_value = (x.data_ptr() for x in parts)
-        native.set_steps(task, native.STEPS[4:], parts)
-        d_bias = None
-        if bias is not None and ctx.needs_input_grad[0]:
-            d_bias = torch.zeros_like(bias)
-            task.d_bias = d_bias.data_ptr()
-        native.call("tiles_backward", task)
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[0] else None
+        parts, d_parts = _split(tokens, ctx.N), _split(grads, ctx.N)
+        native.call(
+            "tiles_backward",
+            _TASK,
+            ctx.scale,
+            *native.addresses(*parts, bias, grad, None, *d_parts, d_bias, *ctx.tiling),
+            *native.steps(*parts, grad, *d_parts),
+            *_sizes(ctx.tiling, bias, grad),
+        )
         return d_bias, None, None, None, *grads
 
 

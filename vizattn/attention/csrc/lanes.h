@@ -8,10 +8,18 @@
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 namespace {
 
 constexpr int MOST_LANES = 16;
+
+// Rows of a product at once, two vectors each: those for whose sums a processor has registers.
+#if defined(__x86_64__)
+constexpr int rows_at_once(int lanes) { return lanes == 16 ? 8 : 4; }
+#else
+constexpr int rows_at_once(int) { return 8; }
+#endif
 
 template <int L> struct Lanes {
     typedef float Float __attribute__((vector_size(4 * L)));
@@ -53,49 +61,42 @@ template <int L> struct Lanes {
     }
 };
 
-// C vectors of K rows of `out`, those from float `first` on: sums over n of weights (n, K) times rows of `in`. The steps
-// are floats from a row, or number n, to the next. What is in `out` is replaced, or added to.
-template <int L, int K, int C, bool add>
-INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const float *in, int64_t in_step,
-                    int64_t first, float *out, int64_t out_step) {
+// Sums of C vectors of channels, from `first` on, of K rows: over n of weights (n, K) times the row in(n). The steps are
+// floats from one n, or row, to the next. A sum begins with start(row, channel) and goes to end(row, channel, sum).
+template <int L, int K, int C, class In, class Start, class End>
+INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t row,
+                    int64_t first, const Start &start, const End &end) {
     typedef Lanes<L> V;
     typename V::Float sum[K][C];
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) sum[k][c] = typename V::Float{};
+        for (int c = 0; c < C; c++) sum[k][c] = start(row + k, first + c * L);
     for (int64_t n = 0; n < count; n++) {
+        const float *from = in(n) + first;
         for (int c = 0; c < C; c++) {
-            const typename V::Float row = V::load(in + n * in_step + first + c * L);
-            for (int k = 0; k < K; k++) sum[k][c] += row * weights[n * step_n + k * step_k];
+            const typename V::Float part = V::load(from + c * L);
+            for (int k = 0; k < K; k++) sum[k][c] += part * weights[n * step_n + (row + k) * step_k];
         }
     }
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) {
-            float *to = out + k * out_step + first + c * L;
-            if (add) sum[k][c] += V::load(to);
-            V::store(to, sum[k][c]);
-        }
+        for (int c = 0; c < C; c++) end(row + k, first + c * L, sum[k][c]);
 }
 
-// All `width` floats of `rows` rows: out (rows, width) = or += weights (count, rows) transposed times in (count, width).
-template <int L, bool add>
-INLINE void products(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const float *in,
-                     int64_t in_step, int64_t width, float *out, int64_t out_step, int64_t rows) {
-    for (int64_t first = 0; first < width;) {
+// The same for all `width` channels of `rows` rows.
+template <int L, class In, class Start, class End>
+INLINE void products(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t rows,
+                     int64_t width, const Start &start, const End &end) {
+    constexpr int K = rows_at_once(L);
+    for (int64_t first = 0; first < width; first += 2 * L) {
         const bool two = first + 2 * L <= width;
-        int64_t k = 0;
-        for (; k + 8 <= rows; k += 8) {
-            const float *w = weights + k * step_k;
-            float *o = out + k * out_step;
-            if (two) product<L, 8, 2, add>(w, step_n, step_k, count, in, in_step, first, o, out_step);
-            else product<L, 8, 1, add>(w, step_n, step_k, count, in, in_step, first, o, out_step);
+        int64_t row = 0;
+        for (; row + K <= rows; row += K) {
+            if (two) product<L, K, 2>(weights, step_n, step_k, count, in, row, first, start, end);
+            else product<L, K, 1>(weights, step_n, step_k, count, in, row, first, start, end);
         }
-        for (; k < rows; k++) {
-            const float *w = weights + k * step_k;
-            float *o = out + k * out_step;
-            if (two) product<L, 1, 2, add>(w, step_n, step_k, count, in, in_step, first, o, out_step);
-            else product<L, 1, 1, add>(w, step_n, step_k, count, in, in_step, first, o, out_step);
+        for (; row < rows; row++) {
+            if (two) product<L, 1, 2>(weights, step_n, step_k, count, in, row, first, start, end);
+            else product<L, 1, 1>(weights, step_n, step_k, count, in, row, first, start, end);
         }
-        first += two ? 2 * L : L;
     }
 }
 

@@ -9,12 +9,12 @@
 
 // As in tiles_native.py, where the tensors have their shapes. `*_step` are floats from an image, token and head to the next.
 struct Task {
+    float scale;
     const float *query, *key, *value, *bias, *grad;
     float *out, *d_query, *d_key, *d_value, *d_bias;
     const int32_t *query_at, *key_at, *mask_at;
     int64_t query_step[3], key_step[3], value_step[3], out_step[3], d_query_step[3], d_key_step[3], d_value_step[3];
     int64_t images, heads, channels, tiles, queries, keys, bias_heads, key_at_step, lanes, threads;
-    float scale;
 };
 
 namespace {
@@ -48,64 +48,6 @@ INLINE void scores(const float *by_channel, const float *const *keys, int64_t co
         score<L, 1>(by_channel, keys + k, channels, start, step, out + k * L);
 }
 
-// C vectors of channels of R lanes: sums over keys of `weights` (keys, L) times rows.
-template <int L, int R, int C>
-INLINE void mix(const float *weights, const float *const *rows, int64_t count, int64_t first, int64_t channels,
-                float *out) {
-    typedef Lanes<L> V;
-    typename V::Float sum[R][C] = {};
-    for (int64_t k = 0; k < count; k++) {
-        for (int c = 0; c < C; c++) {
-            const typename V::Float row = V::load(rows[k] + first + c * L);
-            for (int r = 0; r < R; r++) sum[r][c] += row * weights[k * L + r];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) V::store(out + r * channels + first + c * L, sum[r][c]);
-}
-
-template <int L, int R>
-INLINE void mixes(const float *weights, const float *const *rows, int64_t count, int64_t channels, float *out) {
-    for (int r = 0; r < L; r += R) {
-        int64_t c = 0;
-        for (; c + 2 * L <= channels; c += 2 * L)
-            mix<L, R, 2>(weights + r, rows, count, c, channels, out + r * channels);
-        if (c < channels) mix<L, R, 1>(weights + r, rows, count, c, channels, out + r * channels);
-    }
-}
-
-// C vectors of channels of K rows: sums over lanes of `weights` (K, L) times `by_lane` (L, channels) are added to them.
-template <int L, int K, int C>
-INLINE void send(const float *weights, const float *by_lane, int64_t first, int64_t channels, float *const *rows) {
-    typedef Lanes<L> V;
-    typename V::Float sum[K][C];
-    for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) sum[k][c] = V::load(rows[k] + first + c * L);
-    for (int l = 0; l < L; l++) {
-        for (int c = 0; c < C; c++) {
-            const typename V::Float lane = V::load(by_lane + l * channels + first + c * L);
-            for (int k = 0; k < K; k++) sum[k][c] += lane * weights[k * L + l];
-        }
-    }
-    for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) V::store(rows[k] + first + c * L, sum[k][c]);
-}
-
-template <int L, int K, int C>
-INLINE void sends(const float *weights, const float *by_lane, int64_t count, int64_t first, int64_t channels,
-                  float *const *rows) {
-    int64_t k = 0;
-    for (; k + K <= count; k += K) send<L, K, C>(weights + k * L, by_lane, first, channels, rows + k);
-    for (; k < count; k++) send<L, 1, C>(weights + k * L, by_lane, first, channels, rows + k);
-}
-
-template <int L, int K>
-INLINE void all_sends(const float *weights, const float *by_lane, int64_t count, int64_t channels, float *const *rows) {
-    int64_t c = 0;
-    for (; c + 2 * L <= channels; c += 2 * L) sends<L, K, 2>(weights, by_lane, count, c, channels, rows);
-    if (c < channels) sends<L, K, 1>(weights, by_lane, count, c, channels, rows);
-}
-
 // Rows of L queries, each times its factor: by lane (L, channels), by channel (channels, L), either if wanted; 0 for none.
 template <int L>
 INLINE void take(const float *rows, int64_t step, const int32_t *at, int64_t channels,
@@ -126,7 +68,7 @@ struct Room {
     std::vector<float *> d_keys, d_values;
 
     explicit Room(const Task &t)
-        : floats(MOST_LANES * (2 * t.keys + 5 * t.channels + 1)), keys(t.keys), values(t.keys), d_keys(t.keys),
+        : floats(MOST_LANES * (2 * t.keys + 4 * t.channels + 1)), keys(t.keys), values(t.keys), d_keys(t.keys),
           d_values(t.keys) {}
 
     float *aligned() {
@@ -149,8 +91,11 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
     float *p = room.aligned(), *ds = p + L * t.keys;
     float *query_by_channel = ds + L * t.keys, *query_by_lane = query_by_channel + L * d;
     float *grad_by_channel = query_by_lane + L * d, *grad_by_lane = grad_by_channel + L * d;
-    float *result = grad_by_lane + L * d;
     const float *const *keys = room.keys.data(), *const *values = room.values.data();
+    const auto row_of = [](const float *const *rows) INLINED {
+        return [rows](int64_t k) INLINED { return rows[k]; };
+    };
+    const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
 
     for (int64_t tile = 0; tile < t.tiles; tile++) {
         const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys;
@@ -184,12 +129,9 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
             }
             const Float share = 1.0f / total;
             if (!backward) {
-                mixes<L, (L < 8 ? L : 8)>(p, values, count, d, result);
-                for (int l = 0; l < L; l++) {
-                    if (at[l] < 0) continue;
-                    float *row = t.out + out_first + at[l] * t.out_step[1];
-                    for (int64_t c = 0; c < d; c += L) V::store(row + c, V::load(result + l * d + c) * share[l]);
-                }
+                products<L>(p, L, 1, count, row_of(values), L, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
+                    if (at[l] >= 0) V::store(t.out + out_first + at[l] * t.out_step[1] + c, x * share[l]);
+                });
                 continue;
             }
             // The shares are given to the gradients of outputs, which are fewer than probabilities.
@@ -205,14 +147,16 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
                 float *to = t.d_bias + mask + lane;
                 for (int64_t k = 0; k < count; k++, to += t.queries) V::store(to, V::load(to) + V::load(ds + k * L));
             }
-            mixes<L, (L < 8 ? L : 8)>(ds, keys, count, d, result);
-            for (int l = 0; l < L; l++) {
-                if (at[l] < 0) continue;
-                float *row = t.d_query + d_query_first + at[l] * t.d_query_step[1];
-                for (int64_t c = 0; c < d; c += L) V::store(row + c, V::load(result + l * d + c) * t.scale);
-            }
-            all_sends<L, 8>(ds, query_by_lane, count, d, room.d_keys.data());
-            all_sends<L, 8>(p, grad_by_lane, count, d, room.d_values.data());
+            products<L>(ds, L, 1, count, row_of(keys), L, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
+                if (at[l] >= 0) V::store(t.d_query + d_query_first + at[l] * t.d_query_step[1] + c, x * t.scale);
+            });
+            const auto send = [&](const float *weights, const float *by_lane, float *const *to) INLINED {
+                products<L>(weights, 1, L, L, [&](int64_t l) INLINED { return by_lane + l * d; }, count, d,
+                            [&](int64_t k, int64_t c) INLINED { return V::load(to[k] + c); },
+                            [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(to[k] + c, x); });
+            };
+            send(ds, query_by_lane, room.d_keys.data());
+            send(p, grad_by_lane, room.d_values.data());
         }
     }
 }
@@ -232,7 +176,7 @@ void run(const Task &t, void (*one)(const Task &, int64_t, int64_t, Room &)) {
 }  // namespace
 
 extern "C" {
-int64_t version() { return 4; }  // of all tasks, as in native.py
+int64_t version() { return 5; }  // of all tasks, as in native.py
 void tiles_forward(const Task *task) { run(*task, chosen<false>(task->lanes)); }
 void tiles_backward(const Task *task) { run(*task, chosen<true>(task->lanes)); }
 }
