@@ -21,6 +21,7 @@ from vizattn.attention import bilevel_native, bilevel_routing, linear, linear_at
 from vizattn.attention import neighborhood_native as tiles
 from vizattn.attention.bilevel_routing import bilevel_routing_attention
 from vizattn.attention.tiles_native import Tiling, attend_tiles
+from vizattn.attention.window import window_attention
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -84,6 +85,7 @@ def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, threads
         query_at[tile, torch.randperm(q, generator=generator)[: len(queries)]] = queries
     key_at = torch.rand(*((B, T, M) if by_image else (T, M)), generator=generator).argsort(-1)[..., :most_keys]
     s = key_at.shape[-1]
+    key_at[..., 1:] = torch.where(torch.rand(key_at[..., 1:].shape, generator=generator) < 0.2, -1, key_at[..., 1:])
     mask_at = torch.randint(max(P, 1), (T,), generator=generator) if P else None
     inputs = [draw(seed, B, M, 3, h, d)] if packed else [draw(seed + i, B, (N, M, M)[i], h, d) for i in range(3)]
     bias = None
@@ -101,14 +103,15 @@ def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, threads
     rows: list[list[Tensor]] = [[None] * N for _ in range(B)]  # type: ignore[list-item]
     for b in range(B):
         for tile in range(T):
-            keys = key_at[b, tile] if by_image else key_at[tile]
+            places = key_at[b, tile] if by_image else key_at[tile]
+            keys = places[places >= 0]
             for lane, i in enumerate(query_at[tile].tolist()):
                 if i < 0:
                     continue
                 scores = torch.einsum("hd,khd->hk", query[b, i], key[b, keys]) * scale
                 if bias is not None:
                     assert mask_at is not None
-                    scores = scores + wide[-1][mask_at[tile], :, :, lane]
+                    scores = scores + wide[-1][mask_at[tile], :, :, lane][:, places >= 0]
                 rows[b][i] = torch.einsum("hk,khd->hd", scores.softmax(-1), value[b, keys])
     expected = torch.stack([torch.stack(row) for row in rows])
 
@@ -300,7 +303,12 @@ def _linear(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
     return linear_attention(query, key, value, table[:, :1, :1], min_sum=20.0)
 
 
-@pytest.mark.parametrize("function", [_neighborhoods, _linear])
+def _windows(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    bias = table.flatten(1).repeat(1, 36).view(2, 30, 30)
+    return window_attention(query, key, value, bias)
+
+
+@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows])
 def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., Tensor]) -> None:
     inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
     wide = doubled(inputs)
@@ -375,11 +383,12 @@ def test_gradients_where_scores_are_large() -> None:
     assert all(ours < 2 * theirs for ours, theirs in zip(errors["native"], errors["reference"])), errors
 
 
-@pytest.mark.parametrize("function", [_neighborhoods, _linear])
+@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows])
 def test_what_is_saved_may_come_back_in_another_layout(function: Callable[..., Tensor]) -> None:
     inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
     cotangent = draw(9, 1, 2, 30, 16).detach()
-    cotangent = cotangent if function is _linear else cotangent.transpose(1, 2).unflatten(1, (5, 6))
+    if function is _neighborhoods:
+        cotangent = cotangent.transpose(1, 2).unflatten(1, (5, 6))
     expected = torch.autograd.grad(function(*inputs), inputs, cotangent)
 
     def turned(x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vizattn import VizattnError
-from vizattn.attention import WindowAttention
+from vizattn.attention import WindowAttention, native, window_native
 from vizattn.attention.window import merge_windows, partition_windows, window_mask
 
 
@@ -93,6 +96,40 @@ def test_equals_the_definition(
             assert a is None
         else:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(native.library is None, reason="vizattn was installed without a C++ compiler")
+@settings(max_examples=25, deadline=None)
+@given(
+    H=st.integers(1, 9),
+    W=st.integers(1, 9),
+    window=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    P=st.integers(0, 2),
+    E=st.integers(0, 2),
+    shift=st.booleans(),
+    bias=st.booleans(),
+    qk_norm=st.booleans(),
+)
+def test_the_compiled_library_equals_the_definition(
+    H: int, W: int, window: tuple[int, int], P: int, E: int, shift: bool, bias: bool, qk_norm: bool
+) -> None:
+    torch.manual_seed(H + 10 * W)
+    module = drawn(WindowAttention(32, 2, window_size=window, shift=shift, rel_pos_bias=bias, qk_norm=qk_norm))
+    wide = copy.deepcopy(module).double()
+    x, extra = torch.randn(2, P + H * W, 32), torch.randn(1, E, 32) if E else None
+    with mock.patch.object(window_native, "attend_tiles", wraps=window_native.attend_tiles) as used:
+        output = module(x, (H, W), None if extra is None else module.project_kv(extra))
+        assert used.call_count == 1
+    expected = naive(wide, x.double(), (H, W), None if extra is None else extra.double())
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-4)
+    cotangent = torch.randn_like(output)
+    own = torch.autograd.grad((output * cotangent).sum(), list(module.parameters()), allow_unused=True)
+    right = torch.autograd.grad((expected * cotangent).sum(), list(wide.parameters()), allow_unused=True)
+    for (name, _), a, b in zip(module.named_parameters(), own, right):
+        if b is not None:
+            torch.testing.assert_close(
+                a.double(), b, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])

@@ -26,7 +26,7 @@ class Tiling(NamedTuple):
     """Which queries attend to which keys."""
 
     query_at: Tensor  # (T, q) int32: queries, -1 for none
-    key_at: Tensor  # (T, s) int32: keys, each once in a tile; or (B, T, s); where there is no bias, -1 for none
+    key_at: Tensor  # (T, s) int32: keys, each once in a tile, -1 for none; or (B, T, s)
     mask_at: Tensor | None  # (T,) int32: which of the P masks; None: the only one
 
 

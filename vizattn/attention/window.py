@@ -18,7 +18,10 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.eager import eager
+from vizattn.attention.native import usable
 from vizattn.attention.softmax import softmax_attention
+from vizattn.attention.window_native import attend_cut_windows, attend_windows
 from vizattn.errors import VizattnError
 
 __all__ = ["WindowAttention", "merge_windows", "partition_windows", "window_attention", "window_mask"]
@@ -108,6 +111,8 @@ def window_attention(
         (B * n, h, L, e).
     """
     E = key.shape[2] - query.shape[2]
+    if not torch.jit.is_scripting() and mask is None and dropout_p == 0 and _by_library(query, key, value, bias):
+        return attend_cut_windows(query, key, value, bias, query.shape[-1] ** -0.5)
     if bias is not None:
         bias = F.pad(bias, (0, E)).to(query.dtype)
     if mask is not None:
@@ -125,6 +130,23 @@ def window_attention(
     elif bias is not None:
         mask = bias.unsqueeze(0)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+
+
+@torch.jit.unused
+def _by_library(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+    if not (usable(query, key, value) and eager(query, key, value, bias)):
+        return False
+    if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
+        return False
+    h, L = query.shape[1:3]
+    return key.shape[2] >= L and (bias is None or bias.shape == (h, L, L))
+
+
+def _cut(x: Tensor, grid_size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(B, H * W, h, d) -> (B * n, h, L, d)."""
+    h, d = x.shape[2], x.shape[3]
+    x = partition_windows(x.reshape(x.shape[0], grid_size[0], grid_size[1], h * d), window, shift)
+    return x.unflatten(-1, (h, d)).transpose(1, 2)
 
 
 @register_notrace_module  # padding depends on the size of the map
@@ -188,6 +210,7 @@ class WindowAttention(nn.Module):
             table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, **dd)
             self.relative_position_bias_table = nn.Parameter(table)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
+        self.qk_norm = qk_norm
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
@@ -208,11 +231,6 @@ class WindowAttention(nn.Module):
         kv = F.linear(tokens, self.qkv.weight[C:], bias).unflatten(-1, (2, self.num_heads, self.head_dim))
         key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.k_norm(key), value
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, C) -> queries, keys and values, (B, h, L, d) each."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
 
     def _bias(self, height: int, width: int) -> Tensor | None:
         """The biases in a window of this size, at most the native one: (h, L, L)."""
@@ -243,35 +261,60 @@ class WindowAttention(nn.Module):
             shift = (window[0] // 2 if window[0] < H else 0, window[1] // 2 if window[1] < W else 0)
         dropout_p = self.attn_drop.p if self.training else 0.0
 
-        query, key, value = self._project(partition_windows(x[:, P:].reshape(B, H, W, C), window, shift))
-        bias, mask = self._bias(window[0], window[1]), window_mask(grid_size, window, shift, x.device)
-        if P == 0 and extra_kv is None:
-            x = window_attention(query, key, value, bias, mask, dropout_p).transpose(1, 2).flatten(2)
-            return self.proj_drop(self.proj(merge_windows(x, grid_size, window, shift).reshape(B, N, C)))
-
-        n = query.shape[0] // B
-        prefix_query, other_key, other_value = self._project(x[:, :P])
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.unbind(2)  # (B, N, h, d)
+        query, key = self.q_norm(query), self.k_norm(key)
         if extra_kv is not None:
-            other_key = torch.cat([other_key, extra_kv[0].to(key.dtype).expand(B, -1, -1, -1)], dim=2)
-            other_value = torch.cat([other_value, extra_kv[1].to(value.dtype).expand(B, -1, -1, -1)], dim=2)
-        y = window_attention(
-            query,
-            torch.cat([key, other_key.repeat_interleave(n, 0)], dim=2),
-            torch.cat([value, other_value.repeat_interleave(n, 0)], dim=2),
-            bias,
-            mask,
-            dropout_p,
-        )
-        y = merge_windows(y.transpose(1, 2).flatten(2), grid_size, window, shift).reshape(B, H * W, C)
+            extra_key, extra_value = extra_kv
+            key = torch.cat([extra_key.to(key.dtype).expand(B, -1, -1, -1).transpose(1, 2), key], dim=1)
+            value = torch.cat([extra_value.to(value.dtype).expand(B, -1, -1, -1).transpose(1, 2), value], dim=1)
+        if torch.jit.is_scripting():
+            y = self._attend_by_torch(query[:, P:], key, value, grid_size, window, shift, dropout_p)
+        else:
+            tokens = (query[:, P:], key, value) if self.qk_norm or extra_kv is not None else (qkv,)
+            y = self._attend(tokens, grid_size, window, shift, dropout_p)
         if P > 0:
-            key = self._tokens(key, grid_size, window, shift)
-            value = self._tokens(value, grid_size, window, shift)
-            key, value = torch.cat([key, other_key], dim=2), torch.cat([value, other_value], dim=2)
-            prefix = softmax_attention(prefix_query, key, value, dropout_p)
+            prefix, keys, values = query[:, :P].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            prefix = softmax_attention(prefix, keys, values, dropout_p)
             y = torch.cat([prefix.transpose(1, 2).reshape(B, P, C), y], dim=1)
         return self.proj_drop(self.proj(y))
 
-    def _tokens(self, x: Tensor, grid_size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-        """(B * n, h, L, d) -> (B, h, H * W, d), row by row."""
-        x = merge_windows(x.transpose(1, 2).flatten(2), grid_size, window, shift).flatten(1, 2)
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+    @torch.jit.unused
+    def _attend(
+        self,
+        tokens: tuple[Tensor, ...],
+        grid_size: tuple[int, int],
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        dropout_p: float,
+    ) -> Tensor:
+        """Queries (B, H * W, h, d), keys and values (B, E + H * W, h, d), or qkv with more queries -> (B, H * W, C)."""
+        table, N = self.relative_position_bias_table, grid_size[0] * grid_size[1]
+        if dropout_p == 0 and usable(*tokens) and eager(*tokens, table):
+            scale = self.head_dim**-0.5
+            return attend_windows(table, self.window_size, grid_size, window, shift, scale, *tokens).flatten(2)
+        query, key, value = tokens[0].unbind(2) if len(tokens) == 1 else tokens
+        return self._attend_by_torch(query[:, query.shape[1] - N :], key, value, grid_size, window, shift, dropout_p)
+
+    def _attend_by_torch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid_size: tuple[int, int],
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        dropout_p: float,
+    ) -> Tensor:
+        """Queries (B, H * W, h, d), keys and values (B, E + H * W, h, d) -> (B, H * W, C)."""
+        B, E = query.shape[0], key.shape[1] - query.shape[1]
+        other_key, other_value = key[:, :E].transpose(1, 2), value[:, :E].transpose(1, 2)
+        query = _cut(query, grid_size, window, shift)
+        key, value = _cut(key[:, E:], grid_size, window, shift), _cut(value[:, E:], grid_size, window, shift)
+        if E > 0:
+            n = query.shape[0] // B
+            key = torch.cat([key, other_key.repeat_interleave(n, 0)], dim=2)
+            value = torch.cat([value, other_value.repeat_interleave(n, 0)], dim=2)
+        bias, mask = self._bias(window[0], window[1]), window_mask(grid_size, window, shift, query.device)
+        y = window_attention(query, key, value, bias, mask, dropout_p).transpose(1, 2).flatten(2)
+        return merge_windows(y, grid_size, window, shift).flatten(1, 2)

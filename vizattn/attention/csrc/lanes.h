@@ -1,14 +1,19 @@
 // Vectors of L floats, by the compiler's vector types: the same source for the processors' different widths.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // of a lambda
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
 
 namespace {
 
@@ -59,6 +64,39 @@ template <int L> struct Lanes {
         power = x > least ? power : Float{};
         x = x == x ? power : x;
     }
+
+    // Of L rows of L floats, in place, their columns.
+    static INLINE void turn(Float (&rows)[L]) {
+#if __has_builtin(__builtin_shufflevector)
+        turned<1>(rows);
+#else
+        float places[L][L];
+        for (int i = 0; i < L; i++)
+            for (int j = 0; j < L; j++) places[j][i] = rows[i][j];
+        for (int i = 0; i < L; i++) rows[i] = load(places[i]);
+#endif
+    }
+
+  private:
+#if __has_builtin(__builtin_shufflevector)
+    // Blocks of S, 2 * S, 4 * S, ... rows and columns change places across the diagonal.
+    template <int S> static INLINE void turned(Float (&rows)[L]) {
+        if constexpr (S < L) {
+            for (int i = 0; i < L; i++) {
+                if (i & S) continue;
+                const Float a = rows[i], b = rows[i + S];
+                rows[i] = mixed<S, 0>(a, b, std::make_integer_sequence<int, L>());
+                rows[i + S] = mixed<S, S>(a, b, std::make_integer_sequence<int, L>());
+            }
+            turned<2 * S>(rows);
+        }
+    }
+
+    template <int S, int from, int... J>
+    static INLINE Float mixed(const Float &a, const Float &b, std::integer_sequence<int, J...>) {
+        return __builtin_shufflevector(a, b, (J & S ? L + J - S + from : J + from)...);
+    }
+#endif
 };
 
 // Sums of C vectors of channels, from `first` on, of K rows: over n of weights (n, K) times the row in(n). The steps are
@@ -123,16 +161,26 @@ INLINE bool has_avx512() {
     template <bool backward> auto chosen(int64_t) { return narrow<backward>; }
 #endif
 
+// Where torch works with GNU's OpenMP, its threads are there, and spin for a while where others would want to work.
+#if defined(__linux__)
+extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+#endif
+
 // Parts 0, 1, ... of a work, by at most so many threads; `make` gives each what it works with.
 template <class Make, class One> void share(int64_t threads, int64_t parts, const Make &make, const One &one) {
     std::atomic<int64_t> next{0};
-    const auto loop = [&] {
+    auto loop = [&] {
         auto room = make();
         for (int64_t part = next++; part < parts; part = next++) one(part, room);
     };
+    threads = std::min(threads, parts);
+    if (threads < 2) return loop();
+#if defined(__linux__)
+    if (GOMP_parallel) return GOMP_parallel([](void *of) { (*static_cast<decltype(loop) *>(of))(); }, &loop, threads, 0);
+#endif
     std::vector<std::thread> others;
     try {
-        for (int64_t i = 1; i < threads && i < parts; i++) others.emplace_back(loop);
+        for (int64_t i = 1; i < threads; i++) others.emplace_back(loop);
     } catch (const std::system_error &) {  // no more threads to be had
     }
     loop();

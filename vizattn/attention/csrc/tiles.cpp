@@ -3,7 +3,7 @@
 // Scores have one query in each lane of a vector, to which the channels of a key are broadcast. Sums that have channels
 // (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile needs stays in the
 // first cache; keys and values are read where they lie, and nothing is written but results.
-#include <cmath>
+#include <algorithm>
 
 #include "lanes.h"
 
@@ -21,55 +21,66 @@ namespace {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Scores (K, L) of K keys: what `start` (K, step) has, by e's logarithm, and products with `by_channel` (channels, L).
-template <int L, int K>
-INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *start, int64_t step,
-                  float *out) {
+// Scores (K, Q * L) of K keys: what their rows of `start` have from `lane` on, by e's logarithm, and products with
+// `by_channel` (channels, Q * L).
+template <int L, int Q, int K>
+INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *const *start,
+                  int64_t lane, float *out) {
     typedef Lanes<L> V;
-    typename V::Float sum[K];
-    for (int k = 0; k < K; k++) {
-        sum[k] = typename V::Float{};
-        if (start) sum[k] = V::load(start + k * step) * LOG2_E;
-    }
+    typename V::Float sum[K][Q];
+    for (int k = 0; k < K; k++)
+        for (int q = 0; q < Q; q++) {
+            sum[k][q] = typename V::Float{};
+            if (start) sum[k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
+        }
     for (int64_t c = 0; c < channels; c++) {
-        const typename V::Float query = V::load(by_channel + c * L);
-        for (int k = 0; k < K; k++) sum[k] += query * keys[k][c];
+        typename V::Float query[Q];
+        for (int q = 0; q < Q; q++) query[q] = V::load(by_channel + (c * Q + q) * L);
+        for (int k = 0; k < K; k++)
+            for (int q = 0; q < Q; q++) sum[k][q] += query[q] * keys[k][c];
     }
-    for (int k = 0; k < K; k++) V::store(out + k * L, sum[k]);
+    for (int k = 0; k < K; k++)
+        for (int q = 0; q < Q; q++) V::store(out + (k * Q + q) * L, sum[k][q]);
 }
 
-template <int L, int K>
+template <int L, int Q>
 INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
-                   const float *start, int64_t step, float *out) {
+                   const float *const *start, int64_t lane, float *out) {
+    constexpr int K = rows_at_once(L);
     int64_t k = 0;
-    for (; k + K <= count; k += K, start = start ? start + K * step : nullptr)
-        score<L, K>(by_channel, keys + k, channels, start, step, out + k * L);
-    for (; k < count; k++, start = start ? start + step : nullptr)
-        score<L, 1>(by_channel, keys + k, channels, start, step, out + k * L);
+    for (; k + K <= count; k += K, start = start ? start + K : nullptr)
+        score<L, Q, K>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
+    for (; k < count; k++, start = start ? start + 1 : nullptr)
+        score<L, Q, 1>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
 }
 
-// Rows of L queries, each times its factor: by lane (L, channels), by channel (channels, L), either if wanted; 0 for none.
+// Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel
+// (channels, step), either if wanted.
 template <int L>
-INLINE void take(const float *rows, int64_t step, const int32_t *at, int64_t channels,
-                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel) {
-    for (int l = 0; l < L; l++) {
-        const float *row = rows + at[l] * step;
+INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t channels,
+                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel, int64_t step) {
+    typedef Lanes<L> V;
+    typedef typename V::Float Float;
+    for (int64_t c = 0; c < channels; c += L) {
+        Float part[L];
+        for (int l = 0; l < L; l++) part[l] = at[l] < 0 ? Float{} : V::load(rows + at[l] * row_step + c);
         if (by_lane)
-            for (int64_t c = 0; c < channels; c++) by_lane[l * channels + c] = at[l] < 0 ? 0.0f : row[c] * factors[l];
-        if (by_channel)
-            for (int64_t c = 0; c < channels; c++) by_channel[c * L + l] = at[l] < 0 ? 0.0f : row[c] * factors[l];
+            for (int l = 0; l < L; l++) V::store(by_lane + l * channels + c, part[l] * factors[l]);
+        if (!by_channel) continue;
+        V::turn(part);
+        for (int i = 0; i < L; i++) V::store(by_channel + (c + i) * step, part[i] * factors);
     }
 }
 
 // What one thread works with.
 struct Room {
     std::vector<float> floats;
-    std::vector<const float *> keys, values;
-    std::vector<float *> d_keys, d_values;
+    std::vector<const float *> keys, values, biases;
+    std::vector<float *> d_keys, d_values, d_biases;
 
     explicit Room(const Task &t)
-        : floats(MOST_LANES * (2 * t.keys + 4 * t.channels + 1)), keys(t.keys), values(t.keys), d_keys(t.keys),
-          d_values(t.keys) {}
+        : floats(2 * MOST_LANES * (2 * t.keys + 4 * t.channels + 1)), keys(t.keys), values(t.keys),
+          biases(t.keys), d_keys(t.keys), d_values(t.keys), d_biases(t.keys) {}
 
     float *aligned() {
         const uintptr_t bytes = sizeof(float) * MOST_LANES;
@@ -88,75 +99,101 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
     const int64_t out_first = first(t.out_step), d_query_first = first(t.d_query_step);
     const int64_t d_key_first = first(t.d_key_step), d_value_first = first(t.d_value_step);
     const int64_t bias_first = t.bias_heads > 1 ? head * entries : 0;
-    float *p = room.aligned(), *ds = p + L * t.keys;
-    float *query_by_channel = ds + L * t.keys, *query_by_lane = query_by_channel + L * d;
-    float *grad_by_channel = query_by_lane + L * d, *grad_by_lane = grad_by_channel + L * d;
     const float *const *keys = room.keys.data(), *const *values = room.values.data();
     const auto row_of = [](const float *const *rows) INLINED {
         return [rows](int64_t k) INLINED { return rows[k]; };
     };
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
 
+    // `places` queries `at`, from `lane` of their tile on, in Q vectors, for the first `count` keys of the room.
+    const auto attend = [&](auto vectors, const int32_t *at, int64_t places, int64_t lane, int64_t count) INLINED {
+        constexpr int Q = vectors, W = Q * L;
+        float *p = room.aligned(), *ds = p + W * t.keys;
+        float *query_by_channel = ds + W * t.keys, *query_by_lane = query_by_channel + W * d;
+        float *grad_by_channel = query_by_lane + W * d, *grad_by_lane = grad_by_channel + W * d;
+        const auto taken = [&](const float *rows, int64_t step, int q, const Float &factors, float *by_lane,
+                               float *by_channel) INLINED {
+            take<L>(rows, step, at + q * L, d, factors, by_lane ? by_lane + q * L * d : nullptr,
+                    by_channel ? by_channel + q * L : nullptr, W);
+        };
+        for (int q = 0; q < Q; q++)
+            taken(query, t.query_step[1], q, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
+        scores<L, Q>(query_by_channel, keys, count, d, t.bias ? room.biases.data() : nullptr, lane, p);
+        Float share[Q];
+        for (int q = 0; q < Q; q++) {
+            Float top = V::load(p + q * L), total = Float{};
+            for (int64_t k = 1; k < count; k++) {
+                const Float x = V::load(p + k * W + q * L);
+                top = x > top ? x : top;
+            }
+            for (int64_t k = 0; k < count; k++) {
+                Float x = V::load(p + k * W + q * L) - top;
+                V::exp2(x);
+                V::store(p + k * W + q * L, x);
+                total += x;
+            }
+            share[q] = 1.0f / total;
+        }
+        if (!backward) {
+            float shares[W];
+            for (int q = 0; q < Q; q++) V::store(shares + q * L, share[q]);
+            products<L>(p, W, 1, count, row_of(values), places, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
+                if (at[l] >= 0) V::store(t.out + out_first + at[l] * t.out_step[1] + c, x * shares[l]);
+            });
+            return;
+        }
+        // The shares are given to the gradients of outputs, which are fewer than probabilities.
+        for (int q = 0; q < Q; q++) {
+            taken(t.grad + out_first, t.out_step[1], q, share[q], grad_by_lane, grad_by_channel);
+            taken(query, t.query_step[1], q, Float{} + t.scale, query_by_lane, nullptr);
+        }
+        scores<L, Q>(grad_by_channel, values, count, d, nullptr, 0, ds);
+        for (int q = 0; q < Q; q++) {
+            Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
+            for (int64_t k = q; k < count * Q; k += Q) mean += V::load(p + k * L) * V::load(ds + k * L);
+            mean *= share[q];
+            for (int64_t k = q; k < count * Q; k += Q)
+                V::store(ds + k * L, (V::load(ds + k * L) - mean) * V::load(p + k * L));
+        }
+        for (int64_t k = 0; t.d_bias && k < count; k++)
+            for (int q = 0; q < Q; q++) {
+                float *to = room.d_biases[k] + lane + q * L;
+                V::store(to, V::load(to) + V::load(ds + k * W + q * L));
+            }
+        products<L>(ds, W, 1, count, row_of(keys), places, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
+            if (at[l] >= 0) V::store(t.d_query + d_query_first + at[l] * t.d_query_step[1] + c, x * t.scale);
+        });
+        const auto send = [&](const float *weights, const float *by_lane, float *const *to) INLINED {
+            products<L>(weights, 1, W, places, [&](int64_t l) INLINED { return by_lane + l * d; }, count, d,
+                        [&](int64_t k, int64_t c) INLINED { return V::load(to[k] + c); },
+                        [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(to[k] + c, x); });
+        };
+        send(ds, query_by_lane, room.d_keys.data());
+        send(p, grad_by_lane, room.d_values.data());
+    };
+
     for (int64_t tile = 0; tile < t.tiles; tile++) {
-        const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys;
+        const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys, *query_at = t.query_at + tile * t.queries;
+        const int64_t mask = bias_first + (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads * entries;
         int64_t count = 0;
         for (int64_t k = 0; k < t.keys; k++) {
             if (key_at[k] < 0) continue;
             room.keys[count] = key + key_at[k] * t.key_step[1];
             room.values[count] = value + key_at[k] * t.value_step[1];
+            if (t.bias) room.biases[count] = t.bias + mask + k * t.queries;
+            if (t.d_bias) room.d_biases[count] = t.d_bias + mask + k * t.queries;
             if (backward) {
                 room.d_keys[count] = t.d_key + d_key_first + key_at[k] * t.d_key_step[1];
                 room.d_values[count] = t.d_value + d_value_first + key_at[k] * t.d_value_step[1];
             }
             count++;
         }
-        const int64_t mask = bias_first + (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads * entries;
-        for (int64_t lane = 0; lane < t.queries; lane += L) {
-            const int32_t *at = t.query_at + tile * t.queries + lane;
-            const float *start = t.bias ? t.bias + mask + lane : nullptr;
-            take<L>(query, t.query_step[1], at, d, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
-            scores<L, 8>(query_by_channel, keys, count, d, start, t.queries, p);
-            Float top = V::load(p), total = Float{};
-            for (int64_t k = 1; k < count; k++) {
-                const Float x = V::load(p + k * L);
-                top = x > top ? x : top;
-            }
-            for (int64_t k = 0; k < count; k++) {
-                Float x = V::load(p + k * L) - top;
-                V::exp2(x);
-                V::store(p + k * L, x);
-                total += x;
-            }
-            const Float share = 1.0f / total;
-            if (!backward) {
-                products<L>(p, L, 1, count, row_of(values), L, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
-                    if (at[l] >= 0) V::store(t.out + out_first + at[l] * t.out_step[1] + c, x * share[l]);
-                });
-                continue;
-            }
-            // The shares are given to the gradients of outputs, which are fewer than probabilities.
-            take<L>(t.grad + out_first, t.out_step[1], at, d, share, grad_by_lane, grad_by_channel);
-            take<L>(query, t.query_step[1], at, d, Float{} + t.scale, query_by_lane, nullptr);
-            scores<L, 8>(grad_by_channel, values, count, d, nullptr, 0, ds);
-            Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
-            for (int64_t k = 0; k < count; k++) mean += V::load(p + k * L) * V::load(ds + k * L);
-            mean *= share;
-            for (int64_t k = 0; k < count; k++)
-                V::store(ds + k * L, (V::load(ds + k * L) - mean) * V::load(p + k * L));
-            if (t.d_bias) {
-                float *to = t.d_bias + mask + lane;
-                for (int64_t k = 0; k < count; k++, to += t.queries) V::store(to, V::load(to) + V::load(ds + k * L));
-            }
-            products<L>(ds, L, 1, count, row_of(keys), L, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
-                if (at[l] >= 0) V::store(t.d_query + d_query_first + at[l] * t.d_query_step[1] + c, x * t.scale);
-            });
-            const auto send = [&](const float *weights, const float *by_lane, float *const *to) INLINED {
-                products<L>(weights, 1, L, L, [&](int64_t l) INLINED { return by_lane + l * d; }, count, d,
-                            [&](int64_t k, int64_t c) INLINED { return V::load(to[k] + c); },
-                            [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(to[k] + c, x); });
-            };
-            send(ds, query_by_lane, room.d_keys.data());
-            send(p, grad_by_lane, room.d_values.data());
+        for (int64_t lane = 0; lane < t.queries; lane += 2 * L) {
+            const int32_t *at = query_at + lane;
+            int64_t places = std::min<int64_t>(2 * L, t.queries - lane);
+            while (places > 0 && at[places - 1] < 0) places--;
+            if (places > L) attend(std::integral_constant<int, 2>(), at, places, lane, count);
+            else if (places > 0) attend(std::integral_constant<int, 1>(), at, places, lane, count);
         }
     }
 }
