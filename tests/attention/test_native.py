@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizattn import VizattnError
 from vizattn.attention import bilevel_native, bilevel_routing, linear, linear_attention, na1d, na2d, na3d, native
 from vizattn.attention import neighborhood_native as tiles
+from vizattn.attention.agent import agent_attention
 from vizattn.attention.bilevel_routing import bilevel_routing_attention
-from vizattn.attention.tiles_native import Tiling, attend_tiles
+from vizattn.attention.tiles_native import Tiling, attend_tile, attend_tiles
 from vizattn.attention.window import window_attention
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
@@ -138,6 +140,31 @@ def cases(draw: Any) -> tuple[tuple[int, ...], list[tuple[int, int, int, bool]]]
         grid.append(k * dilation + draw(st.integers(0, {1: 60, 2: 9, 3: 3}[axes])))
         options.append((k, draw(st.integers(1, k)), dilation, draw(st.booleans())))
     return tuple(grid), options
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 40),
+    M=st.integers(1, 40),
+    h=st.integers(1, 3),
+    d=st.sampled_from([16, 32]),
+    biased=st.floats(0, 1) | st.none(),
+    seed=st.integers(0, 999),
+)
+def test_one_tile_equals_the_definition(
+    B: int, N: int, M: int, h: int, d: int, biased: float | None, seed: int
+) -> None:
+    """Some of the keys have a bias."""
+    inputs = [draw(seed, B, h, N, d), draw(seed + 1, B, h, M, d), draw(seed + 2, B, h, M, d)]
+    if biased is not None:
+        inputs.append(draw(seed + 3, h, int(biased * M), N))
+    wide = doubled(inputs)
+    scores = wide[0] @ wide[1].transpose(-2, -1) * 0.3
+    if biased is not None:
+        scores = scores + F.pad(wide[3], (0, 0, 0, M - wide[3].shape[1])).transpose(-2, -1)
+    output = attend_tile(*inputs[:3], None if biased is None else inputs[3], 0.3)
+    assert_same(output, scores.softmax(-1) @ wide[2], inputs, wide)
 
 
 @settings(max_examples=25, deadline=None)
@@ -303,12 +330,19 @@ def _linear(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
     return linear_attention(query, key, value, table[:, :1, :1], min_sum=20.0)
 
 
+def _agents(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    """Of two images, as agents of one with biases that learn are not the library's."""
+    bias = table.flatten(1).repeat(1, 6).view(1, 2, 5, 30)
+    query, key, value = (torch.cat([x, x.flip(2)]) for x in (query, key, value))
+    return agent_attention(query, key, value, query[:, :, ::6], bias, 2 * bias)[:1]
+
+
 def _windows(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
     bias = table.flatten(1).repeat(1, 36).view(2, 30, 30)
     return window_attention(query, key, value, bias)
 
 
-@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows])
+@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows, _agents])
 def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., Tensor]) -> None:
     inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
     wide = doubled(inputs)
@@ -383,7 +417,7 @@ def test_gradients_where_scores_are_large() -> None:
     assert all(ours < 2 * theirs for ours, theirs in zip(errors["native"], errors["reference"])), errors
 
 
-@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows])
+@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows, _agents])
 def test_what_is_saved_may_come_back_in_another_layout(function: Callable[..., Tensor]) -> None:
     inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
     cotangent = draw(9, 1, 2, 30, 16).detach()

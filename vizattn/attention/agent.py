@@ -20,7 +20,9 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import transformed
+from vizattn.attention.eager import eager, transformed
+from vizattn.attention.native import usable
+from vizattn.attention.tiles_native import attend_tile
 from vizattn.errors import VizattnError
 
 __all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
@@ -68,7 +70,8 @@ def agent_attention(
 ) -> Tensor:
     """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
-    The maps are made where dropout acts on them or a bias learns, which keeps torch's fused kernels for the CPU away.
+    Without the compiled library the maps are made where a bias learns, which torch's fused kernels for the CPU do not
+    take, and with it for a single image then, where it was slower; they are always made where dropout acts on them.
     Time is O((N + M) A C); memory O((N + M) C), and (N + M) A weights a head more where the maps are made.
 
     Args:
@@ -86,6 +89,11 @@ def agent_attention(
     learning = torch.is_grad_enabled() and (
         (key_bias is not None and key_bias.requires_grad) or (query_bias is not None and query_bias.requires_grad)
     )
+    plain = dropout_p > 0 or (learning and query.shape[0] == 1)
+    if not torch.jit.is_scripting() and not plain and _by_library(query, key, value, agents, key_bias, query_bias):
+        scale = query.shape[-1] ** -0.5
+        collected = attend_tile(agents, key, value, None if key_bias is None else key_bias[0].transpose(-2, -1), scale)
+        return attend_tile(query, agents, collected, None if query_bias is None else query_bias[0], scale)
     if dropout_p == 0 and not learning and (torch.jit.is_scripting() or not transformed()):
         collected = F.scaled_dot_product_attention(agents, key, value, attn_mask=key_bias)
         query_bias = None if query_bias is None else query_bias.transpose(-2, -1).contiguous()
@@ -94,6 +102,17 @@ def agent_attention(
     if dropout_p > 0:
         over_keys, over_agents = F.dropout(over_keys, dropout_p), F.dropout(over_agents, dropout_p)
     return over_agents.transpose(-2, -1) @ (over_keys @ value)
+
+
+@torch.jit.unused
+def _by_library(
+    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, key_bias: Tensor | None, query_bias: Tensor | None
+) -> bool:
+    tokens, biases = (query, key, agents), [bias for bias in (key_bias, query_bias) if bias is not None]
+    if not (usable(*tokens, value) and eager(*tokens, value, *biases)):
+        return False
+    alike = query.dim() == 4 and key.shape == value.shape and len({x[:, :, :0].shape for x in tokens}) == 1
+    return alike and all(bias.shape[:3] == (1, query.shape[1], agents.shape[2]) for bias in biases)
 
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vizattn.attention import native
 from vizattn.attention.eager import derived_again, gradients_of
 
-__all__ = ["Tiling", "attend_tiles"]
+__all__ = ["Tiling", "attend_tile", "attend_tiles"]
 
 
 #: Task in tiles.cpp: 13 tensors, steps of the 7 that have tokens, and 8 sizes.
@@ -117,3 +118,23 @@ def attend_tiles(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tok
     """
     bias = None if bias is None else bias.contiguous()
     return _Attend.apply(bias, tiling, scale, N, *[native.side_by_side(x) for x in tokens])
+
+
+@functools.lru_cache(maxsize=64)
+def _one_tile(queries: int, keys: int) -> Tiling:
+    with torch.inference_mode(False):
+        query_at, key_at = (torch.arange(n, dtype=torch.int32, device="cpu")[None] for n in (queries, keys))
+        return Tiling(F.pad(query_at, (0, -queries % native.LANES), value=-1), key_at, None)
+
+
+def attend_tile(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """All queries attend to all keys: (B, h, N, d), (B, h, M, d) twice, a bias (h or 1, K, N) -> (B, h, N, d).
+
+    The bias is that of the first K keys; others have none. Time is O(N M h d).
+    """
+    N, M = query.shape[2], key.shape[2]
+    if bias is not None:
+        lanes, keys = -N % native.LANES, M - bias.shape[1]
+        bias = (F.pad(bias, (0, lanes, 0, keys)) if lanes or keys else bias).float().unsqueeze(0)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return attend_tiles(bias, _one_tile(N, M), scale, N, query, key, value).transpose(1, 2)

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from vizattn.attention.eager import eager
 from vizattn.attention.native import usable
 from vizattn.attention.softmax import softmax_attention
-from vizattn.attention.window_native import attend_cut_windows, attend_windows
+from vizattn.attention.tiles_native import attend_tile
+from vizattn.attention.window_native import attend_windows
 from vizattn.errors import VizattnError
 
 __all__ = ["WindowAttention", "merge_windows", "partition_windows", "window_attention", "window_mask"]
@@ -112,7 +113,8 @@ def window_attention(
     """
     E = key.shape[2] - query.shape[2]
     if not torch.jit.is_scripting() and mask is None and dropout_p == 0 and _by_library(query, key, value, bias):
-        return attend_cut_windows(query, key, value, bias, query.shape[-1] ** -0.5)
+        bias = None if bias is None else bias.transpose(-2, -1)
+        return attend_tile(query, key, value, bias, query.shape[-1] ** -0.5)
     if bias is not None:
         bias = F.pad(bias, (0, E)).to(query.dtype)
     if mask is not None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vizattn.attention.native import LANES
 from vizattn.attention.tiles_native import Tiling, attend_tiles
 
-__all__ = ["attend_cut_windows", "attend_windows"]
+__all__ = ["attend_windows"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,20 +68,3 @@ def attend_windows(
         entries = _entries(table_size, window, extra)
         bias = F.embedding(entries, F.pad(table.float(), (0, 0, 0, 1))).permute(2, 0, 1).unsqueeze(0)
     return attend_tiles(bias, _tiling(grid_size, window, shift, extra), scale, N, *tokens)
-
-
-@functools.lru_cache(maxsize=64)
-def _one_tile(queries: int, keys: int) -> Tiling:
-    with torch.inference_mode(False):
-        query_at, key_at = (torch.arange(n, dtype=torch.int32, device="cpu")[None] for n in (queries, keys))
-        return Tiling(F.pad(query_at, (0, -queries % LANES), value=-1), key_at, None)
-
-
-def attend_cut_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Queries (B, h, L, d), keys and values (B, h, L + E, d), a bias (h, L, L) of the first L keys -> (B, h, L, d)."""
-    L, keys = query.shape[2], key.shape[2]
-    tiling = _one_tile(L, keys)
-    if bias is not None:
-        bias = F.pad(bias.float().transpose(-2, -1), (0, -L % LANES, 0, keys - L)).unsqueeze(0)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return attend_tiles(bias, tiling, scale, L, query, key, value).transpose(1, 2)
