@@ -201,8 +201,9 @@ class LinearAttention(nn.Module):
     ) -> Tensor:
         """(B, N, C) -> (B, N, C); every token may attend to `extra_kv`, each (B or 1, h, E, d), besides."""
         B, N, C = x.shape
-        query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        value = value.transpose(1, 2)
         if extra_kv is not None:
             key = torch.cat([key, extra_kv[0].to(key.dtype).expand(B, -1, -1, -1)], dim=2)
             value = torch.cat([value, extra_kv[1].to(value.dtype).expand(B, -1, -1, -1)], dim=2)
