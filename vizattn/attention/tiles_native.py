@@ -85,7 +85,10 @@ class _Attend(torch.autograd.Function):
             return d_bias, None, None, None, *d_tokens
         bias, grad = None if bias is None else bias.contiguous(), native.side_by_side(grad)
         tokens = [native.side_by_side(x) for x in tokens]
-        grads = [grad.new_zeros(x.shape) for x in tokens]
+        # Of separate queries each is in a tile, and written once; to other gradients is added.
+        grads = [
+            native.like(x) if i == 0 and len(tokens) == 3 else native.like(x).zero_() for i, x in enumerate(tokens)
+        ]
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[0] else None
         parts, d_parts = _split(tokens, ctx.N), _split(grads, ctx.N)
         native.call(

@@ -95,10 +95,10 @@ def window_attention(
 ) -> Tensor:
     """softmax(query key^T / sqrt(d) + bias) value in each window.
 
-    Time is O(N C L) for N tokens in all; memory O(N C), and N L weights a head more in training with a bias.
+    Time is O(N C L) for N tokens in all; memory O(N C), and N L weights a head more in training with a bias where the
+    compiled library is not used, as torch has no fused kernel for the CPU that gives the gradient of a bias.
 
-    Keys and values past the window's own L have no bias and are never masked. A bias in training makes the products
-    explicit: torch has no fused kernel for the CPU that gives its gradient.
+    Keys and values past the window's own L have no bias and are never masked.
 
     Args:
         query: (B * n, h, L, d).
@@ -212,7 +212,6 @@ class WindowAttention(nn.Module):
             table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, **dd)
             self.relative_position_bias_table = nn.Parameter(table)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
-        self.qk_norm = qk_norm
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
@@ -273,7 +272,8 @@ class WindowAttention(nn.Module):
         if torch.jit.is_scripting():
             y = self._attend_by_torch(query[:, P:], key, value, grid_size, window, shift, dropout_p)
         else:
-            tokens = (query[:, P:], key, value) if self.qk_norm or extra_kv is not None else (qkv,)
+            packed = extra_kv is None and isinstance(self.q_norm, nn.Identity)
+            tokens = (qkv,) if packed else (query[:, P:], key, value)
             y = self._attend(tokens, grid_size, window, shift, dropout_p)
         if P > 0:
             prefix, keys, values = query[:, :P].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

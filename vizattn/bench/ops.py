@@ -355,7 +355,11 @@ _LINEAR: dict[str, Build] = {
     "products alone": linear_products,
     "written out": quadratic_linear,
 }
-_AGENT: dict[str, Build] = {"vizattn": our_agents, "products alone": agent_products}
+_AGENT: dict[str, Build] = {
+    "vizattn": our_agents,
+    "torch alone": by_torch(our_agents),
+    "products alone": agent_products,
+}
 _FULL: dict[str, Build] = {"full softmax": full_softmax}
 OPS: dict[str, Op] = {
     "neighborhood": _neighborhood(1, False, f"windows of {KERNEL} x {KERNEL}"),
@@ -372,10 +376,14 @@ OPS: dict[str, Op] = {
     "linear": Op("full softmax", _LINEAR | _FULL, "ReLU as feature map"),
     "window": Op(
         "full softmax",
-        {"vizattn": our_windows, "written out": explicit_windows, **_FULL},
+        {"vizattn": our_windows, "torch alone": by_torch(our_windows), "written out": explicit_windows, **_FULL},
         f"windows of {WINDOW} x {WINDOW}, learnt biases",
     ),
-    "cross_shaped": Op("full softmax", {"vizattn": our_stripes, **_FULL}, f"stripes of width {WINDOW}"),
+    "cross_shaped": Op(
+        "full softmax",
+        {"vizattn": our_stripes, "torch alone": by_torch(our_stripes), **_FULL},
+        f"stripes of width {WINDOW}",
+    ),
     "cascaded_group": Op("timm", {"vizattn": our_cascade, "timm": timm_cascade}, "layers of EfficientViT"),
     "softmax": Op("full softmax", {"vizattn": our_softmax, "written out": explicit_softmax, **_FULL}, "all tokens"),
 }

@@ -173,14 +173,14 @@ template <class Make, class One> void share(int64_t threads, int64_t parts, cons
         auto room = make();
         for (int64_t part = next++; part < parts; part = next++) one(part, room);
     };
-    threads = std::min(threads, parts);
-    if (threads < 2) return loop();
+    if (std::min(threads, parts) < 2) return loop();
 #if defined(__linux__)
+    // All of them, though some may find no part: it would end those that it has no work for.
     if (GOMP_parallel) return GOMP_parallel([](void *of) { (*static_cast<decltype(loop) *>(of))(); }, &loop, threads, 0);
 #endif
     std::vector<std::thread> others;
     try {
-        for (int64_t i = 1; i < threads; i++) others.emplace_back(loop);
+        for (int64_t i = 1; i < std::min(threads, parts); i++) others.emplace_back(loop);
     } catch (const std::system_error &) {  // no more threads to be had
     }
     loop();
