@@ -166,7 +166,7 @@ def _with_prefix(
 @torch.jit.unused
 def _native_is_best(query: Tensor, key: Tensor, value: Tensor, L: int, topk: int, R: int, dropout_p: float) -> bool:
     """Whether the compiled library can do it, and would be faster: not where small regions leave its lanes empty."""
-    fewer = (L + -L % LANES) * topk <= L * R  # scores than of all tokens by all
+    fewer = 3 * (L + -L % LANES) * topk <= 4 * L * R  # scores, about, than of all tokens by all
     alike = key.shape == value.shape and (*query.shape[:2], query.shape[3]) == (*key.shape[:2], key.shape[3])
     plain = dropout_p == 0 and not torch.is_autocast_enabled("cpu")
     return fewer and alike and plain and usable(query, key, value) and eager(query, key, value)
