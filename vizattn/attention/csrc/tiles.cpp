@@ -4,6 +4,7 @@
 // (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile needs stays in the
 // first cache; keys and values are read where they lie, and nothing is written but results.
 #include <algorithm>
+#include <memory>
 
 #include "lanes.h"
 
@@ -74,17 +75,17 @@ INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t
 
 // What one thread works with.
 struct Room {
-    std::vector<float> floats;
+    std::unique_ptr<float[]> floats;  // nothing of it is read before it is written
     std::vector<const float *> keys, values, biases;
     std::vector<float *> d_keys, d_values, d_biases;
 
     explicit Room(const Task &t)
-        : floats(2 * MOST_LANES * (2 * t.keys + 4 * t.channels + 1)), keys(t.keys), values(t.keys),
-          biases(t.keys), d_keys(t.keys), d_values(t.keys), d_biases(t.keys) {}
+        : floats(new float[MOST_LANES * (t.grad ? 4 * t.keys + 8 * t.channels + 1 : 2 * t.keys + 2 * t.channels + 1)]),
+          keys(t.keys), values(t.keys), biases(t.keys), d_keys(t.keys), d_values(t.keys), d_biases(t.keys) {}
 
     float *aligned() {
         const uintptr_t bytes = sizeof(float) * MOST_LANES;
-        return floats.data() + (-reinterpret_cast<uintptr_t>(floats.data()) % bytes) / sizeof(float);
+        return floats.get() + (-reinterpret_cast<uintptr_t>(floats.get()) % bytes) / sizeof(float);
     }
 };
 
@@ -108,8 +109,8 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
     // `places` queries `at`, from `lane` of their tile on, in Q vectors, for the first `count` keys of the room.
     const auto attend = [&](auto vectors, const int32_t *at, int64_t places, int64_t lane, int64_t count) INLINED {
         constexpr int Q = vectors, W = Q * L;
-        float *p = room.aligned(), *ds = p + W * t.keys;
-        float *query_by_channel = ds + W * t.keys, *query_by_lane = query_by_channel + W * d;
+        float *p = room.aligned(), *query_by_channel = p + W * t.keys;  // those that follow only in a backward pass
+        float *ds = query_by_channel + W * d, *query_by_lane = ds + W * t.keys;
         float *grad_by_channel = query_by_lane + W * d, *grad_by_lane = grad_by_channel + W * d;
         const auto taken = [&](const float *rows, int64_t step, int q, const Float &factors, float *by_lane,
                                float *by_channel) INLINED {
