@@ -361,8 +361,15 @@ def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., 
     for i, cotangent in enumerate(cotangents):
         for grad, expected_grad in zip(batched, torch.autograd.grad(output, inputs, cotangent, retain_graph=True)):
             torch.testing.assert_close(grad[i], expected_grad, rtol=1e-4, atol=1e-5)
+    mapped = torch.func.vmap(lambda c: torch.autograd.grad(output, inputs, c, retain_graph=True))
+    if function is not _linear:  # whose own function of torch's operations has no rule for it
+        for grads, same in zip(mapped(cotangents), batched):
+            torch.testing.assert_close(grads, same, rtol=1e-4, atol=1e-5)
+    before = function(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = torch.autograd.grad(function(*inputs), inputs, cotangents[0])
+        # Windows and agents are computed in bfloat16 there.
+        output_inside = function(*inputs) if function in (_neighborhoods, _linear) else before
+        inside = torch.autograd.grad(output_inside, inputs, cotangents[0])
     for a, b in zip(inside, torch.autograd.grad(output, inputs, cotangents[0])):
         assert torch.equal(a, b)
 
@@ -401,6 +408,54 @@ def test_other_shapes_are_computed_by_torch() -> None:
     assert bilevel_routing_attention(query, query, query.repeat(1, 1, 1, 2), (8, 8), (4, 4), 2).shape == (2, 4, 64, 32)
     with pytest.raises(RuntimeError):
         bilevel_routing_attention(query, query, value, (8, 8), (4, 4), 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "queries"),
+    [((1, 2, 9, 1), None), (None, (1, 2, 9, 1)), ((1, 1, 9, 40), (1, 2, 9, 40)), ((1, 2, 9, 30), None)],
+)
+def test_other_biases_of_agents_are_added_by_torch(
+    keys: tuple[int, ...] | None, queries: tuple[int, ...] | None
+) -> None:
+    query, agents = draw(0, 2, 2, 40, 16), draw(1, 2, 2, 9, 16)
+    biases = [None if shape is None else draw(2, *shape) for shape in (keys, queries)]
+
+    def attend() -> Tensor:
+        return agent_attention(query, query, query, agents, *biases)
+
+    if keys == (1, 2, 9, 30):
+        with pytest.raises(RuntimeError):
+            attend()
+        return
+    with native.unused():
+        expected = attend()
+    torch.testing.assert_close(attend(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_types_under_autocast_and_no_keys() -> None:
+    query, none = draw(0, 2, 2, 40, 16), torch.zeros(2, 2, 0, 16)
+    calls = [
+        lambda: window_attention(query, query, query),
+        lambda: agent_attention(query, query, query, query[:, :, :4]),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call().dtype == torch.bfloat16
+    for inputs in ((query, none, none, query), (query, query, query, none)):
+        with native.unused():
+            expected = agent_attention(*inputs)
+        assert torch.equal(agent_attention(*inputs), expected)
+
+
+@pytest.mark.parametrize("function", [_linear, _windows, _agents])
+def test_gradients_that_torch_has_not_written_down(function: Callable[..., Tensor]) -> None:
+    inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
+    cotangent = draw(4, 1, 2, 30, 16).detach()
+    expected = torch.autograd.grad(function(*inputs), inputs, -cotangent)
+    for grad, right in zip(torch.autograd.grad(function(*inputs), inputs, torch._neg_view(cotangent)), expected):
+        assert torch.equal(grad, right)
+    zeros = torch._efficientzerotensor(cotangent.shape)
+    assert not any(grad.any() for grad in torch.autograd.grad(function(*inputs), inputs, zeros))
 
 
 def test_gradients_where_scores_are_large() -> None:

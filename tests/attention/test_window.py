@@ -132,6 +132,17 @@ def test_the_compiled_library_equals_the_definition(
             )
 
 
+def test_norms_put_in_later_and_hooks_are_seen() -> None:
+    torch.manual_seed(0)
+    module, x = WindowAttention(32, 2, window_size=3), torch.randn(1, 25, 32)
+    before = module(x, (5, 5))
+    module.q_norm.register_forward_hook(lambda _module, _inputs, output: 3 * output)
+    hooked = module(x, (5, 5))
+    assert not torch.allclose(hooked, before)
+    with native.unused():
+        torch.testing.assert_close(module(x, (5, 5)), hooked)
+
+
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
 def test_windows_are_put_back_together(shift: tuple[int, int]) -> None:
     x = torch.randn(2, 5, 7, 3)

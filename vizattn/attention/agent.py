@@ -70,8 +70,8 @@ def agent_attention(
 ) -> Tensor:
     """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
-    Without the compiled library the maps are made where a bias learns, which torch's fused kernels for the CPU do not
-    take, and with it for a single image then, where it was slower; they are always made where dropout acts on them.
+    The maps are made where dropout acts on them; where a bias learns, which torch's fused kernels for the CPU do not
+    take, if there is no compiled library; and for a single image whose bias learns, where the library was slower.
     Time is O((N + M) A C); memory O((N + M) C), and (N + M) A weights a head more where the maps are made.
 
     Args:
@@ -79,8 +79,8 @@ def agent_attention(
         key: (B, h, M, d).
         value: (B, h, M, e).
         agents: (B, h, A, d).
-        key_bias: (B or 1, h or 1, A, M).
-        query_bias: (B or 1, h or 1, A, N).
+        key_bias: (B or 1, h or 1, A, M), finite for some key of each agent.
+        query_bias: (B or 1, h or 1, A, N), finite for some agent of each query.
         dropout_p: Share of the weights of either map set to zero.
 
     Returns:
@@ -108,11 +108,16 @@ def agent_attention(
 def _by_library(
     query: Tensor, key: Tensor, value: Tensor, agents: Tensor, key_bias: Tensor | None, query_bias: Tensor | None
 ) -> bool:
-    tokens, biases = (query, key, agents), [bias for bias in (key_bias, query_bias) if bias is not None]
-    if not (usable(*tokens, value) and eager(*tokens, value, *biases)):
+    biases = [bias for bias in (key_bias, query_bias) if bias is not None]
+    if torch.is_autocast_enabled("cpu") or not usable(query, key, value, agents):
         return False
-    alike = query.dim() == 4 and key.shape == value.shape and len({x[:, :, :0].shape for x in tokens}) == 1
-    return alike and all(bias.shape[:3] == (1, query.shape[1], agents.shape[2]) for bias in biases)
+    if not eager(query, key, value, agents, *biases) or query.dim() != 4 or key.dim() != 4 or agents.dim() != 4:
+        return False
+    (B, h, N, d), M, A = query.shape, key.shape[2], agents.shape[2]
+    alike = key.shape == value.shape == (B, h, M, d) and agents.shape == (B, h, A, d) and M > 0 and A > 0
+    for bias, keys in ((key_bias, M), (query_bias, N)):
+        alike = alike and (bias is None or (bias.dtype, bias.shape) == (query.dtype, (1, h, A, keys)))
+    return alike
 
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:

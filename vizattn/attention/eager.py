@@ -19,7 +19,8 @@ def transformed() -> bool:
 
 def derived_again(grad: Tensor) -> bool:
     """Whether a backward pass must consist of plain operations: its result is derived itself, or `grad` is several."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    functorch = torch._C._functorch
+    return torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def gradients_of(
@@ -42,6 +43,8 @@ def eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_meta or forward_ad.unpack_dual(x).tangent is not None):
+        if x is None:
+            continue
+        if type(x) not in _PLAIN or x.is_meta or x.is_neg() or forward_ad.unpack_dual(x).tangent is not None:
             return False
     return True

@@ -66,7 +66,7 @@ class _Attend(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 *d_tokens, d_temperature = gradients_of(plain, (*saved[:3], temperature), grad)
             return None, None, d_temperature, *d_tokens
-        tokens = [native.side_by_side(x) for x in (*saved[:4], grad)]
+        tokens = [*(native.side_by_side(x) for x in saved[:4]), native.readable(grad)]
         kept = [x.contiguous() for x in saved[4:]]
         grads = [native.like(x) for x in tokens[:3]]
         query, key, value, out, grad = tokens

@@ -24,6 +24,7 @@ __all__ = [
     "layout",
     "library",
     "like",
+    "readable",
     "side_by_side",
     "steps",
     "takes",
@@ -80,21 +81,23 @@ def takes(*tokens: Tensor) -> bool:
 
 
 def usable(*tokens: Tensor) -> bool:
-    """Whether the library is there for queries, keys and values, each (..., channels).
+    """Whether the library is there for queries, keys and values, each (..., channels), for which `eager` holds.
 
-    It cannot be seen by what looks on while torch works, such as compilers and counters of operations.
+    What looks on while torch works, such as compilers and counters of operations, cannot see it.
     """
     if torch.compiler.is_compiling() or library is None or torch._C._len_torch_dispatch_stack():
         return False
-    for x in tokens:
-        if x.is_neg():
-            return False
     return takes(*tokens)
 
 
 def side_by_side(x: Tensor) -> Tensor:
     """`x` with the channels of a token next to each other, as the library reads them."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def readable(grad: Tensor) -> Tensor:
+    """`grad` as numbers in memory, the channels of a token next to each other."""
+    return side_by_side((grad.clone() if grad._is_zerotensor() else grad).resolve_neg())
 
 
 def like(x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class _Attend(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 d_bias, *d_tokens = gradients_of(plain, (bias, *tokens), grad)
             return d_bias, None, None, None, *d_tokens
-        bias, grad = None if bias is None else bias.contiguous(), native.side_by_side(grad)
+        bias, grad = None if bias is None else bias.contiguous(), native.readable(grad)
         tokens = [native.side_by_side(x) for x in tokens]
         # Of separate queries each is in a tile, and written once; to other gradients is added.
         grads = [

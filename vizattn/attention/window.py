@@ -104,7 +104,7 @@ def window_attention(
         query: (B * n, h, L, d).
         key: (B * n, h, L + E, d).
         value: (B * n, h, L + E, e).
-        bias: (h, L, L), the same for all windows.
+        bias: (h, L, L), the same for all windows, finite for some key of each query.
         mask: (n, L, L), False where a key must not be seen; the same for all samples and heads.
         dropout_p: Share of attention weights set to zero.
 
@@ -136,7 +136,7 @@ def window_attention(
 
 @torch.jit.unused
 def _by_library(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    if not (usable(query, key, value) and eager(query, key, value, bias)):
+    if torch.is_autocast_enabled("cpu") or not (usable(query, key, value) and eager(query, key, value, bias)):
         return False
     if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
         return False
@@ -263,8 +263,8 @@ class WindowAttention(nn.Module):
         dropout_p = self.attn_drop.p if self.training else 0.0
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(2)  # (B, N, h, d)
-        query, key = self.q_norm(query), self.k_norm(key)
+        raw_query, raw_key, value = qkv.unbind(2)  # (B, N, h, d)
+        query, key = self.q_norm(raw_query), self.k_norm(raw_key)
         if extra_kv is not None:
             extra_key, extra_value = extra_kv
             key = torch.cat([extra_key.to(key.dtype).expand(B, -1, -1, -1).transpose(1, 2), key], dim=1)
@@ -272,7 +272,7 @@ class WindowAttention(nn.Module):
         if torch.jit.is_scripting():
             y = self._attend_by_torch(query[:, P:], key, value, grid_size, window, shift, dropout_p)
         else:
-            packed = extra_kv is None and isinstance(self.q_norm, nn.Identity)
+            packed = extra_kv is None and query is raw_query and key is raw_key
             tokens = (qkv,) if packed else (query[:, P:], key, value)
             y = self._attend(tokens, grid_size, window, shift, dropout_p)
         if P > 0:

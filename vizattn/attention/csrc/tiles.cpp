@@ -1,8 +1,8 @@
 // Softmax attention of tiles of queries to gathered keys on a CPU, forward and backward: what tiles_native.py calls.
 //
 // Scores have one query in each lane of a vector, to which the channels of a key are broadcast. Sums that have channels
-// (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile needs stays in the
-// first cache; keys and values are read where they lie, and nothing is written but results.
+// (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile of few keys needs
+// stays in the first cache; keys and values are read where they lie, and nothing is written but results.
 #include <algorithm>
 #include <memory>
 
