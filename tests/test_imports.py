@@ -17,7 +17,8 @@ ALLOWED = {
     "__main__": {"cli"},
     "fuse": {"adapters", "layers"},  # refuses models with adapters
     "layers": set(),
-    "attention": {"layers"},
+    "compiled": set(),
+    "attention": {"layers", "compiled"},
     "models": {"attention", "layers", "weights"},
     "heads": {"layers"},
     "adapters": {"attention", "layers", "heads"},  # bundles of segmenters

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import io
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 import vizattn.cli
+from vizattn import compiled
+from vizattn.attention import native
 from vizattn.cli import COMMANDS, main
 from vizattn.errors import VizattnError
 
@@ -56,6 +61,47 @@ def test_the_installed_script_runs() -> None:
     script = Path(sys.executable).with_name("vizattn")
     run = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert run.returncode == 0 and vizattn.__version__ in run.stdout
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the installed package, with its `compiled.py` and nothing else."""
+    package = tmp_path / "vizattn"
+    (package / "attention").mkdir(parents=True)
+    shutil.copy(compiled.__file__, package)
+    spec = importlib.machinery.ModuleSpec("vizattn", None, origin=str(package / "__init__.py"))
+    monkeypatch.setitem(sys.modules, "vizattn", SimpleNamespace(__spec__=spec))
+    monkeypatch.delenv("VIZATTN_NATIVE", raising=False)
+    return package
+
+
+def end_of_versions(capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["--version"]) == 0
+    return capsys.readouterr().out.strip().partition(", with")[2]
+
+
+def test_version_tells_why_attention_is_not_compiled(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert end_of_versions(capsys) == "out compiled attention: not compiled when vizattn was installed"
+    junk = copied / "attention" / f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    junk.write_bytes(b"not a library")
+    assert end_of_versions(capsys) == f"out compiled attention: {junk.name} is not a library for this system"
+    monkeypatch.setenv("VIZATTN_NATIVE", "0")
+    assert end_of_versions(capsys) == "out compiled attention: VIZATTN_NATIVE=0 in the environment"
+
+
+@pytest.mark.skipif(native.library is None, reason="vizattn was installed without a C++ compiler")
+def test_version_tells_whether_the_compiled_library_is_of_this_one(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert native.library is not None
+    shutil.copy(native.library._name, copied / "attention")
+    assert end_of_versions(capsys) == " compiled attention"
+    source = (copied / "compiled.py").read_text(encoding="utf-8")
+    newer = compiled.VERSION + 1
+    (copied / "compiled.py").write_text(re.sub(r"^VERSION = \d+$", f"VERSION = {newer}", source, flags=re.M))
+    assert f"out compiled attention: compiled for another version of vizattn: {newer - 1}" in end_of_versions(capsys)
 
 
 def test_each_subcommand_has_its_module() -> None:

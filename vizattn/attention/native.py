@@ -7,15 +7,13 @@ it is not used.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import struct
 from collections.abc import Iterator
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vizattn.compiled import load
 
 __all__ = [
     "LANES",
@@ -38,27 +36,8 @@ LANES = 16
 #: At most so many floats of a vector are used; fewer where a processor's are smaller.
 _lanes = LANES
 
-#: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
-_VERSION = 5
-
-
-def _load() -> ctypes.CDLL | None:
-    if os.environ.get("VIZATTN_NATIVE") == "0":
-        return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            try:
-                found = ctypes.CDLL(str(path))
-                found.version.restype = ctypes.c_int64
-                return found if found.version() == _VERSION else None
-            except (OSError, AttributeError):  # of another system, or something else of this name
-                return None
-    return None
-
-
 #: The compiled library, if there is one; None leaves it unused.
-library = _compiled = _load()
+library = _compiled = load()[0]
 
 
 @contextlib.contextmanager

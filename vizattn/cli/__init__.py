@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import os
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     place = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     top = _top_parser()
-    debug = top.parse_args(argv[:place]).debug
+    options = top.parse_args(argv[:place])
+    debug = options.debug
+    if options.version:
+        print(_versions())
+        return 0
     if place == len(argv):
         top.print_help(sys.stderr)
         return 2
@@ -136,18 +141,28 @@ def _top_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument("--version", action="store_true", help="show the versions that matter")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _versions() -> str:
     packages = ("vizattn", "torch", "torchvision", "timm", "mmengine-lite")
-    compiled = any((Path(__file__).parents[1] / "attention").glob("_native.*"))
-    library = "with" if compiled else "without"
-    return (
-        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages) + f", {library} compiled attention"
-    )
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    library, reason = _compiled().load()
+    return f"{versions}, with compiled attention" if library else f"{versions}, without compiled attention: {reason}"
+
+
+def _compiled() -> Any:
+    """The module `vizattn.compiled`, without the package around it: that would load torch."""
+    package = importlib.util.find_spec("vizattn")
+    assert package is not None and package.origin is not None
+    place = Path(package.origin).with_name("compiled.py")
+    spec = importlib.util.spec_from_file_location("vizattn_compiled", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
