@@ -3,7 +3,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-input
 RECIPE ?= glyphs_pretrain
-GROUPS ?= ops backbones adapters startup data
+RUNS ?=
 COMPILED := $(wildcard vizattn/attention/csrc/*)
 
 .DEFAULT_GOAL := help
@@ -32,8 +32,8 @@ faults: .venv/.installed-test  ## Kill, starve and damage commands and files, an
 timm-suite: .venv/.installed-test  ## Run timm's own model tests on our backbones
 	$(BIN)/python tools/timm_suite.py $(ARGS)
 
-bench: .venv/.installed  ## Measure speed and memory beside other libraries: GROUPS="ops startup", hours on a quiet machine
-	$(BIN)/vizattn bench $(GROUPS) $(ARGS)
+bench: .venv/.installed  ## Measure all of docs/performance.md (hours on a quiet machine), or some: RUNS="ops growth"
+	$(BIN)/python tools/measure_performance.py $(RUNS) $(ARGS)
 
 lint: .venv/.installed-test  ## Check style, formatting and types, and that the model cards are up to date
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table: FILE.csv mode=train size=56x56 -->`` and ``<!-- end -->``; only rows with these
 values are in it. ``growth:`` in the place of ``table:`` makes one of times by size. `--from DIR` first takes over the
-CSV files that `vizattn bench --out DIR` wrote, and draws their plots.
+CSV files that `measure_performance.py --out DIR` wrote, and draws their plots.
 """
 
 from __future__ import annotations
