@@ -116,4 +116,12 @@ def test_mistakes(group: str, options: Options, only: tuple[str, ...], message: 
 
 def test_a_choice_keeps_the_reference() -> None:
     cases = cases_of("ops", Options(modes=("forward",)), ["halo: vizattn"])
-    assert [case.name for case in cases] == ["vizattn", "timm"]
+    assert [case.name for case in cases] == ["vizattn", "full softmax"]
+
+
+@pytest.mark.parametrize("size", [(28, 56), (56, 28)])
+def test_maps_that_a_peer_does_not_take_are_told(size: tuple[int, int]) -> None:
+    cases = cases_of("ops", Options(modes=("forward",), sizes=(size,)), ["halo: timm"])
+    [peer] = [case for case in cases if case.name == "timm"]
+    with pytest.raises(Unavailable, match="maps that blocks of 8 divide"):
+        peer.build()

@@ -90,6 +90,13 @@ def test_seconds_are_compared_on_one_machine_only() -> None:
     assert [change.row.name for change in changes] == ["vizattn"]
 
 
+def test_without_a_reference_seconds_are_compared() -> None:
+    alone = replace(ROW, ratio=None, ratio_low=None, ratio_high=None)
+    for before, now in ((alone, alone), (ROW, alone), (alone, ROW)):
+        [change] = compare([replace(now, seconds=0.02, seconds_low=0.019)], [before])
+        assert (change.verdict, change.unit, change.before, change.now) == ("slower", "seconds", 0.01, 0.02)
+
+
 def test_results_without_a_common_case_are_told() -> None:
     with pytest.raises(VizattnError, match="no case in common"):
         compare([ROW], [replace(ROW, size="28x28"), replace(ROW, threads=2)])

@@ -31,8 +31,8 @@ def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     """What became of the cases that both results have.
 
     Times are compared in units of the comparison's reference, so that another load or another machine matters less;
-    those of the reference itself in seconds, only where both were measured on one machine. A change counts if the
-    medians differ by 5 % and the spreads do not overlap.
+    those of the reference itself, or without one, in seconds, only where both were measured on one machine. A change
+    counts if the medians differ by 5 % and the spreads do not overlap.
 
     Raises:
         VizattnError: The results have no case in common.
@@ -43,7 +43,8 @@ def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
         earlier = before.get(row.key)
         if earlier is None or row.seconds is None:
             continue
-        relative = bool(row.reference) and row.reference == earlier.reference and row.reference != row.name
+        measured = row.ratios is not None and earlier.ratios is not None
+        relative = measured and row.reference == earlier.reference and row.reference != row.name
         if not relative and row.machine != earlier.machine:
             continue
         now, then = (_figures(r, relative) for r in (row, earlier))

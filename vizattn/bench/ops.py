@@ -192,6 +192,7 @@ def _neighborhood(dilation: int, bias: bool, about: str) -> Op:
 
 WINDOWS, TOPK = 7, 4
 WINDOW = 7
+BLOCK, HALO = 8, 3
 
 
 def _region(shape: Shape) -> tuple[int, int]:
@@ -230,17 +231,21 @@ def _layer(module: nn.Module, x: Tensor) -> Built:
 def our_halo(shape: Shape) -> Built:
     """`vizattn.attention.HaloAttention2d`, projections included."""
     torch.manual_seed(0)
-    built = _layer(attention.HaloAttention2d(shape.channels, shape.heads, block_size=8, halo_size=3), shape.image())
+    built = _layer(
+        attention.HaloAttention2d(shape.channels, shape.heads, block_size=BLOCK, halo_size=HALO), shape.image()
+    )
     # As on the meta device, where no product stands in for the sums of positions' logits.
     return built._replace(macs=count_macs(lambda: built.function(*[x.to("meta") for x in built.inputs])))
 
 
 def timm_halo(shape: Shape) -> Built:
-    """timm's layer, which wants blocks that divide the map."""
+    """timm's layer."""
     from timm.layers.halo_attn import HaloAttn
 
+    if any(length % BLOCK for length in shape.grid):
+        raise Unavailable(f"timm's layer takes maps that blocks of {BLOCK} divide")
     torch.manual_seed(0)
-    layer = HaloAttn(shape.channels, num_heads=shape.heads, dim_head=shape.dim, block_size=8, halo_size=3)
+    layer = HaloAttn(shape.channels, num_heads=shape.heads, dim_head=shape.dim, block_size=BLOCK, halo_size=HALO)
     return _layer(layer, shape.image())
 
 
@@ -371,7 +376,11 @@ OPS: dict[str, Op] = {
         {"vizattn": our_regions, "torch alone": by_torch(our_regions), "gather": gathered_regions, **_FULL},
         f"{WINDOWS} x {WINDOWS} regions, each routed to {TOPK}",
     ),
-    "halo": Op("timm", {"vizattn": our_halo, "timm": timm_halo, **_FULL}, "layers: blocks of 8, halo of 3"),
+    "halo": Op(
+        "full softmax",  # timm's layer does not take every map
+        {"vizattn": our_halo, "timm": timm_halo, **_FULL},
+        f"layers: blocks of {BLOCK}, halo of {HALO}",
+    ),
     "agent": Op("full softmax", _AGENT | _FULL, f"{AGENTS} agents, no biases"),
     "linear": Op("full softmax", _LINEAR | _FULL, "ReLU as feature map"),
     "window": Op(
