@@ -38,8 +38,9 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         if row.ours:
-            peers = [peer for peer in rows if _compared(row) == _compared(peer) and not peer.ours and peer.ratio]
+            peers = [peer for peer in rows if not peer.ours and _compared(peer) == _compared(row)]
             others = [f"{_number(row.ratio / peer.ratio)} {_case(peer)}" for peer in peers if row.ratio and peer.ratio]
+            others += [f"{_case(peer)}: {peer.note}" for peer in peers if _refused(peer)]
             cells = [_number(value(row)) for value in columns.values()]
             lines.append(f"| {_case(row)} | " + " | ".join(cells) + f" | {'; '.join(others) or row.note} |")
     return "\n".join(lines) + "\n"
@@ -70,13 +71,19 @@ def growth(rows: Sequence[Row]) -> str:
 
 def _case(row: Row) -> str:
     name = row.subject if row.name == "vizattn" else row.name
-    return ", ".join(
-        [name, *([row.variant] if row.variant != "eager" else []), *([row.dtype] if row.dtype != "fp32" else [])]
-    )
+    usual = ("", "eager", "fp32")
+    return ", ".join([name, *(word for word in (row.variant, row.dtype) if word not in usual)])
 
 
 def _compared(row: Row) -> tuple[object, ...]:
-    return row.subject, row.mode, row.batch, row.size, row.dtype, row.threads
+    """Equal for what does the same: loading is by stages, such as ``"timm: standard, 2 workers"``."""
+    stage = row.name.partition(": ")[2] if row.group == "data" else ""
+    return row.subject, row.mode, row.batch, row.size, row.dtype, row.threads, stage
+
+
+def _refused(peer: Row) -> bool:
+    """Whether a peer is there, but does not do this."""
+    return peer.seconds is None and not peer.note.endswith("is not installed")
 
 
 def _number(value: float | None) -> str:
