@@ -34,5 +34,6 @@ def unknown(kind: str, name: object, choices: Iterable[str], how_to_list: str | 
     matches = closest(str(name), choices)
     if matches:
         message += f" Did you mean {' or '.join(repr(m) for m in matches)}?"
-    message += f" List them with: {how_to_list}" if how_to_list else f" Choose from: {', '.join(choices)}."
+    listed = ", ".join(repr(choice) if "," in choice else choice for choice in choices)
+    message += f" List them with: {how_to_list}" if how_to_list else f" Choose from: {listed}."
     return VizattnError(message)

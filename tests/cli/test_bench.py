@@ -58,6 +58,7 @@ def test_against_an_older_result(capsys: pytest.CaptureFixture[str]) -> None:
         printed = capsys.readouterr().out
         line = next(line for line in printed.splitlines() if line.startswith("agent, vizattn"))
         assert line.endswith(verdict)
+        assert "products alone" not in printed.partition("Against old.csv:")[2]  # what others' times do is not told
 
 
 def test_a_failure_of_ours_is_not_passed_over(
@@ -80,10 +81,22 @@ def test_lists_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
     "arguments, message",
     [
         (["opps"], "invalid choice: 'opps'"),
-        (["ops", "--size", "56y40"], "'56y40' is not a whole number of at least 1"),
+        (["ops", "--size", "56y40"], "'56y40' is neither N nor HxW, whole numbers of at least 1"),
+        (["ops", "--size", "4x"], "'4x' is neither N nor HxW"),
+        (["ops", "--size", "x4"], "'x4' is neither N nor HxW"),
+        (["ops", "--size", "7x8x9"], "'7x8x9' is neither N nor HxW"),
+        (["ops", "--size", "0x8"], "'0x8' is neither N nor HxW"),
+        (["ops", "--least-seconds", "-1"], "'-1' is not a number of seconds of at least 0"),
+        (["ops", "--least-seconds", "nan"], "'nan' is not a number of seconds"),
+        (["ops", "--least-seconds", "inf"], "'inf' is not a number of seconds"),
+        (["ops", "--least-seconds", "soon"], "'soon' is not a number of seconds"),
         (["ops", "--rounds", "0"], "'0' is not a whole number"),
         (["data", "--model", "nat_tiny"], "The group data has no choice of models; it has batches, sizes."),
         (["ops", "--only", "hallo"], "Unknown subject of ops 'hallo'. Did you mean 'halo'"),
+        (
+            ["ops", "--only", "nosuch"],
+            "natten, neighborhood, 'neighborhood, biased', 'neighborhood, dilated', ",
+        ),
         (["ops", "--against", "gone.csv"], "No such file or directory: gone.csv"),
         (["ops", "--modell", "nat_tiny"], "unknown option '--modell'. Did you mean '--model'?"),
     ],

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_positive, default=4, help="of ops (default 4)")
     parser.add_argument("--dim", type=_positive, default=32, help="channels a head, of ops (default 32)")
     parser.add_argument("--rounds", type=_positive, default=5, help="how often each case is timed (default 5)")
-    parser.add_argument("--least-seconds", type=float, default=0.02, help="length of one timing (default 0.02)")
+    parser.add_argument("--least-seconds", type=_seconds, default=0.02, help="length of one timing (default 0.02)")
     parser.add_argument("--threads", type=_positive, default=1, help="default 1")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process a case")
     parser.add_argument("--out", default="work_dirs/bench", metavar="DIR", help="default: work_dirs/bench")
@@ -108,9 +108,9 @@ def _group(
     print(f"\nWritten: {table} and {table.with_suffix('.svg').name}")
     status = int(any(row.ours and row.note for row in rows))
     if old:
-        changes = compare(rows, [row for row in old if row.group == group])
+        changes = compare([row for row in rows if row.ours], [row for row in old if row.group == group])
         print(f"\nAgainst {args.against}:\n{columns([_change(change) for change in changes])}")
-        status = max(status, int(any(c.row.ours and c.verdict == "slower" for c in changes)))
+        status = max(status, int(any(change.verdict == "slower" for change in changes)))
     return status
 
 
@@ -180,5 +180,17 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     """``"56"`` -> (56, 56); ``"56x40"`` -> (56, 40)."""
-    height, _, width = text.partition("x")
-    return _positive(height), _positive(width or height)
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW, whole numbers of at least 1")
+    return int(sides[0]), int(sides[-1])
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
+    return seconds
