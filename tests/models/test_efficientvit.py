@@ -10,6 +10,7 @@ from reference import load, weights
 from torch import Tensor
 
 from vizattn import VizattnError
+from vizattn.attention import native
 from vizattn.layers import PooledNorm
 from vizattn.models.efficientvit import EfficientViT, checkpoint_filter_fn
 
@@ -77,7 +78,7 @@ def windows_of(model: EfficientViT, size: tuple[int, int]) -> list[tuple[int, ..
             return cascade(x, bias, valid)
 
         attn._cascade = record
-    with torch.no_grad():
+    with torch.no_grad(), native.unused():
         model(images(size, batch=1))
     return seen
 

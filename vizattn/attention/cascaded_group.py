@@ -14,6 +14,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.cascade_native import attend_cascade, cascade_layers
+from vizattn.attention.eager import eager
+from vizattn.attention.native import LANES, usable
 from vizattn.errors import VizattnError
 from vizattn.layers.conv_norm import ConvNorm, LinearNorm
 
@@ -64,6 +67,7 @@ class CascadedGroupAttention(nn.Module):
     that nobody sees (though in training they count in the statistics of the norms here). Biases belong to distances, so
     windows of any size use entries of the one table.
     It works on maps alone: there are no prefix tokens and no further keys and values.
+    In float32 inference on a CPU, the compiled library computes a window at a time, from its channels to its outputs.
 
     Args:
         dim: Channels C.
@@ -142,11 +146,28 @@ class CascadedGroupAttention(nn.Module):
             outputs.append(part)
         return torch.cat(outputs, dim=1).view(B, H, W, C)
 
+    @torch.jit.unused
+    def _by_library(self, x: Tensor, window: tuple[int, int]) -> Tensor | None:
+        """The outputs of all heads behind ReLU, (B, C, H, W), if the compiled library can compute them."""
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        table = self.attention_biases
+        if self.key_dim % LANES or not usable() or not eager(x, table):
+            return None
+        if not x.is_cpu or x.dtype is not torch.float32 or table.dtype is not torch.float32:
+            return None
+        layers = cascade_layers(self.qkvs, self.dws, self.head_dim, self.key_dim)
+        return None if layers is None else attend_cascade(x, table, window, self.window_size, self.key_dim, *layers)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         rows, columns = -(-H // self.window_size), -(-W // self.window_size)
         height, width = -(-H // rows), -(-W // columns)
+        if not torch.jit.is_scripting():
+            found = self._by_library(x, (height, width))
+            if found is not None:
+                return self.proj_drop(self.proj(found))
         bias = self._bias(height, width)
         x = x.permute(0, 2, 3, 1)  # no copy for a map in channels_last
         if rows * columns == 1:

@@ -393,7 +393,11 @@ OPS: dict[str, Op] = {
         {"vizattn": our_stripes, "torch alone": by_torch(our_stripes), **_FULL},
         f"stripes of width {WINDOW}",
     ),
-    "cascaded_group": Op("timm", {"vizattn": our_cascade, "timm": timm_cascade}, "layers of EfficientViT"),
+    "cascaded_group": Op(
+        "timm",
+        {"vizattn": our_cascade, "torch alone": by_torch(our_cascade), "timm": timm_cascade},
+        "layers of EfficientViT",
+    ),
     "softmax": Op("full softmax", {"vizattn": our_softmax, "written out": explicit_softmax, **_FULL}, "all tokens"),
 }
 

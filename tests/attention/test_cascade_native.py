@@ -1,0 +1,200 @@
+"""Cascaded group attention by the compiled library against torch in float64, which is held to the definition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vizattn import fuse
+from vizattn.attention import CascadedGroupAttention, cascaded_group, native
+
+pytestmark = pytest.mark.skipif(native.library is None, reason="vizattn was installed without a C++ compiler")
+
+
+def module_with(channels: int = 16, num_heads: int = 2, window_size: int = 4, key_dim: int = 16) -> nn.Module:
+    torch.manual_seed(channels + num_heads)
+    kernels = [(5, 3, 7, 1)[i % 4] for i in range(num_heads)]
+    module = CascadedGroupAttention(num_heads * channels, num_heads, window_size, key_dim, kernels).eval()
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif value.is_floating_point():
+                value.add_(torch.randn_like(value), alpha=0.2)
+    return module
+
+
+def used(module: nn.Module, x: Tensor) -> bool:
+    """Whether the library computes this."""
+    with (
+        torch.no_grad(),
+        mock.patch.object(cascaded_group, "attend_cascade", wraps=cascaded_group.attend_cascade) as call,
+    ):
+        module(x)
+    return bool(call.called)
+
+
+@torch.no_grad()
+def assert_right(module: nn.Module, x: Tensor) -> None:
+    assert used(module, x)
+    expected = copy.deepcopy(module).double()(x.double())
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@example(B=1, H=1, W=1, channels=3, num_heads=1, window_size=7, key_dim=16, fused=False, lanes=16, threads=1, last=1)
+@example(
+    B=2, H=9, W=19, channels=8, num_heads=4, window_size=19, key_dim=32, fused=True, lanes=8, threads=2, last=False
+)
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    H=st.integers(1, 20),
+    W=st.integers(1, 20),
+    channels=st.integers(1, 40),
+    num_heads=st.integers(1, 4),
+    window_size=st.integers(1, 9),
+    key_dim=st.sampled_from([16, 32]),
+    fused=st.booleans(),
+    lanes=st.sampled_from([4, 8, 16]),
+    threads=st.integers(1, 3),
+    last=st.booleans(),
+)
+def test_it_computes_what_torch_does(
+    B: int,
+    H: int,
+    W: int,
+    channels: int,
+    num_heads: int,
+    window_size: int,
+    key_dim: int,
+    fused: bool,
+    lanes: int,
+    threads: int,
+    last: bool,
+) -> None:
+    module = module_with(channels, num_heads, window_size, key_dim)
+    if fused:
+        module = fuse(module)
+    x = torch.randn(B, num_heads * channels, H, W)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_lanes", lanes)
+        torch.set_num_threads(threads)
+        try:
+            assert_right(module, x)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_parts_of_larger_tensors_and_layouts() -> None:
+    module, x = module_with(), torch.randn(2, 40, 7, 9)
+    assert_right(module, x[:, 3:35])
+    assert_right(module, torch.randn(2, 9, 7, 32).permute(0, 3, 2, 1))
+    last = x[:, :32].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert module(last).is_contiguous(memory_format=torch.channels_last)
+        assert module(x[:, :32].contiguous()).is_contiguous()
+        assert module(x[:0, :32]).shape == (0, 32, 7, 9)
+
+
+def test_norms_and_layers_as_they_are_now() -> None:
+    """Nothing is remembered of a module's parameters."""
+    module, x = module_with(), torch.randn(1, 32, 5, 5)
+    assert_right(module, x)
+    for parameter in module.parameters():
+        parameter.data.mul_(1.5)
+    module.qkvs[1].bn.running_mean.add_(1)
+    assert_right(module, x)
+    module.qkvs[0].linear = nn.Linear(16, 48)
+    module.dws[1].bn = nn.BatchNorm2d(16, affine=False).eval()
+    assert_right(module, x)
+
+
+def _hooked(module: nn.Module) -> None:
+    module.qkvs[1].linear.register_forward_hook(lambda part, args, output: output + 1)
+
+
+def _other_eps(module: nn.Module) -> None:
+    module.dws[0].bn.eps = 0.1
+
+
+def _batch_statistics(module: nn.Module) -> None:
+    module.qkvs[0].bn.train()
+
+
+def _other_layer(module: nn.Module) -> None:
+    module.qkvs[0].linear = nn.Sequential(nn.Linear(16, 48), nn.ReLU())
+
+
+def _other_forward(module: nn.Module) -> None:
+    module.dws[0].forward = lambda x: x + 1
+
+
+def _parametrized(module: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(module.qkvs[1].linear)
+
+
+def _no_statistics(module: nn.Module) -> None:
+    module.qkvs[1].bn = nn.BatchNorm1d(48, track_running_stats=False).eval()
+
+
+def _forgotten_statistics(module: nn.Module) -> None:
+    module.qkvs[1].bn.running_mean = module.qkvs[1].bn.running_var = None
+
+
+def _more_taps(module: nn.Module) -> None:
+    module.dws[0].conv = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hooked,
+        _other_eps,
+        _batch_statistics,
+        _other_layer,
+        _other_forward,
+        _parametrized,
+        _no_statistics,
+        _forgotten_statistics,
+        _more_taps,
+    ],
+)
+def test_modules_that_do_something_else_are_left_to_torch(change: Callable[[nn.Module], None]) -> None:
+    module, x = module_with(), torch.randn(2, 32, 6, 5)
+    change(module)
+    assert not used(module, x)
+    with torch.no_grad(), native.unused():
+        expected = module(x)
+    with torch.no_grad():
+        assert torch.equal(module(x), expected)
+
+
+def test_what_is_left_to_torch() -> None:
+    module, x = module_with(), torch.randn(2, 32, 6, 5)
+    assert used(module, x)
+    assert not used(module.train(), x)
+    assert not used(module.eval().double(), x.double())
+    assert not used(module_with(4, 9), torch.randn(1, 36, 5, 5))
+    assert not used(module_with(key_dim=8), x)
+    module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not used(module, x)
+    with mock.patch.object(cascaded_group, "attend_cascade") as call:
+        module(x)
+    assert not call.called
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+        scripted = torch.jit.script(module)
+        torch.testing.assert_close(scripted(x), module(x), rtol=1e-4, atol=1e-5)
