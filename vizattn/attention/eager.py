@@ -42,9 +42,12 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
+    forward_mode = forward_ad._current_level >= 0
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.is_meta or x.is_neg() or forward_ad.unpack_dual(x).tangent is not None:
+        if type(x) not in _PLAIN or x.is_meta or x.is_neg():
+            return False
+        if forward_mode and forward_ad.unpack_dual(x).tangent is not None:
             return False
     return True

@@ -57,20 +57,25 @@ def _plain(bias: Tensor | None, *tokens: Tensor, tiling: Tiling, scale: float, N
     return out[:, torch.where(tiling.query_at < 0, N, tiling.query_at).flatten().argsort()[:N]]
 
 
+def _forward(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tokens: Tensor) -> Tensor:
+    parts = _split(tokens, N)
+    B, _, h, d = parts[1].shape
+    out = tokens[0].new_empty(B, N, h, d)
+    native.call(
+        "tiles_forward",
+        _TASK,
+        scale,
+        *native.addresses(*parts, bias, None, out, None, None, None, None, *tiling),
+        *native.steps(*parts, out, None, None, None),
+        *_sizes(tiling, bias, out),
+    )
+    return out
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tokens: Tensor) -> Tensor:
-        parts = _split(tokens, N)
-        B, _, h, d = parts[1].shape
-        out = tokens[0].new_empty(B, N, h, d)
-        native.call(
-            "tiles_forward",
-            _TASK,
-            scale,
-            *native.addresses(*parts, bias, None, out, None, None, None, None, *tiling),
-            *native.steps(*parts, out, None, None, None),
-            *_sizes(tiling, bias, out),
-        )
+        out = _forward(bias, tiling, scale, N, *tokens)
         ctx.save_for_backward(bias, *tokens)
         ctx.tiling, ctx.scale, ctx.N = tiling, scale, N
         return out
@@ -120,7 +125,8 @@ def attend_tiles(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tok
         (B, N, h, d).
     """
     bias = None if bias is None else bias.contiguous()
-    return _Attend.apply(bias, tiling, scale, N, *[native.side_by_side(x) for x in tokens])
+    attend = _Attend.apply if torch.is_grad_enabled() else _forward
+    return attend(bias, tiling, scale, N, *[native.side_by_side(x) for x in tokens])
 
 
 @functools.lru_cache(maxsize=64)

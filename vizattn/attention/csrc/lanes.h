@@ -53,12 +53,11 @@ template <int L> struct Lanes {
         Float inside = x > least ? x : least;
         Float whole = inside + rounding;
         Float f = inside - (whole - rounding);
-        Float y = f * 1.5252734e-5f + 1.5403530e-4f;  // ln(2)^n / n!
-        y = y * f + 1.3333558e-3f;
-        y = y * f + 9.6181291e-3f;
-        y = y * f + 5.5504109e-2f;
-        y = y * f + 2.4022651e-1f;
-        y = y * f + 6.9314718e-1f;
+        Float y = f * 1.53458116e-4f + 1.33999312e-3f;  // as near to 2^f as a polynomial of degree 6 comes
+        y = y * f + 9.61848896e-3f;
+        y = y * f + 5.55032878e-2f;
+        y = y * f + 2.40226469e-1f;
+        y = y * f + 6.93147206e-1f;
         y = y * f + 1.0f;
         Float power = (Float)((Int)y + ((Int)whole << 23));
         power = x > least ? power : Float{};
