@@ -62,8 +62,7 @@ RUNS = {
         "backbones --model biformer_tiny deit_agent_tiny efficientvit_va_m0 l2vit_tiny nat_mini halonet_va_h1"
         " vit_va_tiny_patch16_224 --mode train --batch 32 --rounds 2 --threads 2 --no-memory",
     ),
-    "adapters": Run("training of adapters", "adapters --rounds 3 --threads 2"),
-    "peft": Run("adapters beside peft's LoRA", "adapters --only full peft apla vpt --rounds 3 --threads 2"),
+    "adapters": Run("training of adapters", "adapters --rounds 7 --threads 2"),
     "startup": Run("imports, commands, creating models", "startup --rounds 10 --no-memory"),
     "data": Run("loading images", "data --rounds 2"),
 }

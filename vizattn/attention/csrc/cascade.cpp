@@ -213,7 +213,7 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
     }
 }
 
-COPIES(Cascade, CascadeRoom, work)
+COPIES(Cascade, int64_t, CascadeRoom, work)
 
 }  // namespace
 

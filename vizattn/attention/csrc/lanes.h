@@ -145,18 +145,18 @@ INLINE bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-#define COPIES(Task, Room, work)                                                                                     \
-    template <bool backward> void narrow(const Task &t, int64_t i, int64_t h, Room &room) { work<4, backward>(t, i, h, room); } \
-    template <bool backward> AVX2 void avx2(const Task &t, int64_t i, int64_t h, Room &room) { work<8, backward>(t, i, h, room); } \
-    template <bool backward> AVX512 void avx512(const Task &t, int64_t i, int64_t h, Room &room) { work<16, backward>(t, i, h, room); } \
+#define COPIES(Task, Part, Room, work)                                                                               \
+    template <bool backward> void narrow(const Task &t, int64_t i, Part h, Room &room) { work<4, backward>(t, i, h, room); } \
+    template <bool backward> AVX2 void avx2(const Task &t, int64_t i, Part h, Room &room) { work<8, backward>(t, i, h, room); } \
+    template <bool backward> AVX512 void avx512(const Task &t, int64_t i, Part h, Room &room) { work<16, backward>(t, i, h, room); } \
     template <bool backward> auto chosen(int64_t lanes) {                                                            \
         if (lanes >= 16 && has_avx512()) return avx512<backward>;                                                    \
         if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2<backward>;    \
         return narrow<backward>;                                                                                     \
     }
 #else
-#define COPIES(Task, Room, work)                                                                                     \
-    template <bool backward> void narrow(const Task &t, int64_t i, int64_t h, Room &room) { work<4, backward>(t, i, h, room); } \
+#define COPIES(Task, Part, Room, work)                                                                               \
+    template <bool backward> void narrow(const Task &t, int64_t i, Part h, Room &room) { work<4, backward>(t, i, h, room); } \
     template <bool backward> auto chosen(int64_t) { return narrow<backward>; }
 #endif
 
@@ -184,6 +184,26 @@ template <class Make, class One> void share(int64_t threads, int64_t parts, cons
     }
     loop();
     for (std::thread &other : others) other.join();
+}
+
+// Heads of an image that one thread works on together: as all heads of a token often lie side by side, as many as leave
+// work for all threads.
+struct Heads {
+    int64_t first, count;
+};
+
+inline int64_t heads_at_once(int64_t images, int64_t heads, int64_t threads) {
+    const int64_t parts = std::max<int64_t>(1, std::min(heads, (threads + images - 1) / std::max<int64_t>(1, images)));
+    return (heads + parts - 1) / parts;
+}
+
+template <class Make, class One>
+void share_heads(int64_t images, int64_t heads, int64_t most, int64_t threads, const Make &make, const One &one) {
+    const int64_t parts = most ? (heads + most - 1) / most : 0;
+    share(threads, images * parts, make, [&](int64_t part, auto &room) {
+        const int64_t first = part % parts * most;
+        one(part / parts, Heads{first, std::min(most, heads - first)}, room);
+    });
 }
 
 }  // namespace

@@ -19,13 +19,13 @@ namespace {
 
 constexpr int64_t AT_ONCE = 64;
 
-// What one thread works with.
+// What one thread works with; all but tokens and their gradients for each of its heads.
 struct LinearRoom {
     std::vector<float> tokens, grads, mixer, turned, sums, context;
 
-    explicit LinearRoom(const LinearTask &t)
-        : tokens(AT_ONCE * t.channels), grads(AT_ONCE * t.value_channels), mixer(t.channels * t.value_channels),
-          turned(mixer.size()), sums(t.channels), context(mixer.size()) {}
+    LinearRoom(const LinearTask &t, int64_t heads)
+        : tokens(AT_ONCE * t.channels), grads(AT_ONCE * t.value_channels), mixer(heads * t.channels * t.value_channels),
+          turned(mixer.size()), sums(heads * t.channels), context(mixer.size()) {}
 };
 
 // The sum over all vectors of `width` floats of part(first float).
@@ -41,19 +41,15 @@ INLINE void turn(const float *x, int64_t d, int64_t e, float factor, float *out)
         for (int64_t v = 0; v < e; v++) out[v * d + c] = x[c * e + v] * factor;
 }
 
-// One head of one image.
-template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t image, int64_t head, LinearRoom &room) {
+// Some heads of one image. Tokens are read for one head after the other, as all heads of a token may lie together.
+template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t image, const Heads &heads, LinearRoom &room) {
     typedef Lanes<L> V;
     typedef typename V::Float Float;
-    const int64_t d = t.channels, e = t.value_channels, unit = image * t.heads + head;
-    const auto first = [&](const int64_t *step) { return image * step[0] + head * step[1]; };
-    const float *query = t.query + first(t.query_step), *key = t.key + first(t.key_step);
-    const float *value = t.value + first(t.value_step);
-    const float temperature = t.temperature ? t.temperature[head] : 1.0f;
-    // What only a backward pass needs is kept where there will be one.
-    float *context = t.context ? t.context + unit * d * e : room.context.data();
-    float *sums = t.sums ? t.sums + unit * d : room.sums.data(), *totals = t.totals ? t.totals + unit * t.queries : nullptr;
-    float *out = t.out + first(t.out_step), *tokens = room.tokens.data(), *mixer = room.mixer.data();
+    const int64_t d = t.channels, e = t.value_channels, size = d * e;
+    const auto at = [image](auto *x, const int64_t *step, int64_t head, int64_t n) INLINED {
+        return x + image * step[0] + head * step[1] + n * step[2];
+    };
+    float *tokens = room.tokens.data();
 
     const auto positive = [](const float *x) INLINED {
         const Float part = V::load(x);
@@ -71,100 +67,114 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         products<L>(tokens, d, 1, count, in, d, e, [&](int64_t c, int64_t v) INLINED { return V::load(to + c * e + v); },
                     store(to, e));
     };
+    // Each few of `tokens` tokens, for each head: its number here and in all, the first token and how many.
+    const auto each = [&](int64_t tokens, const auto &one) INLINED {
+        for (int64_t n = 0; n < tokens; n += AT_ONCE)
+            for (int64_t i = 0; i < heads.count; i++) one(i, heads.first + i, n, std::min(AT_ONCE, tokens - n));
+    };
+    const auto temperature = [&](int64_t head) INLINED { return t.temperature ? t.temperature[head] : 1.0f; };
+    // What only a backward pass needs is kept where there will be one.
+    const int64_t unit = image * t.heads + heads.first;
+    float *context = t.context ? t.context + unit * size : room.context.data(), *mixer = room.mixer.data();
 
     if (!backward) {
-        std::fill(context, context + d * e, 0.0f);
-        std::fill(sums, sums + d, 0.0f);
-        for (int64_t n = 0; n < t.keys; n += AT_ONCE) {
-            const int64_t count = std::min(AT_ONCE, t.keys - n), step = t.key_step[2];
+        float *sums = t.sums ? t.sums + unit * d : room.sums.data();
+        std::fill(context, context + heads.count * size, 0.0f);
+        std::fill(sums, sums + heads.count * d, 0.0f);
+        each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+            const float *key = at(t.key, t.key_step, head, n);
             for (int64_t c = 0; c < d; c += L) {
                 Float sum = Float{};
-                for (int64_t i = 0; i < count; i++) {
-                    const Float part = positive(key + (n + i) * step + c);
-                    V::store(tokens + i * d + c, part);
+                for (int64_t k = 0; k < count; k++) {
+                    const Float part = positive(key + k * t.key_step[2] + c);
+                    V::store(tokens + k * d + c, part);
                     sum += part;
                 }
-                V::store(sums + c, V::load(sums + c) + sum);
+                V::store(sums + i * d + c, V::load(sums + i * d + c) + sum);
             }
-            add_products(count, rows(value + n * t.value_step[2], t.value_step[2]), context);
-        }
-        for (int64_t i = 0; i < d * e; i++) mixer[i] = context[i] * temperature;
-        for (int64_t n = 0; n < t.queries; n += AT_ONCE) {
-            const int64_t count = std::min(AT_ONCE, t.queries - n);
-            for (int64_t i = 0; i < count; i++) {
-                const float *row = query + (n + i) * t.query_step[2];
-                const float sum = total<L>(d, [&](int64_t c) INLINED { return positive(row + c) * V::load(sums + c); });
+            add_products(count, rows(at(t.value, t.value_step, head, n), t.value_step[2]), context + i * size);
+        });
+        for (int64_t i = 0; i < heads.count; i++)
+            for (int64_t j = 0; j < size; j++) mixer[i * size + j] = context[i * size + j] * temperature(heads.first + i);
+        each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+            const float *query = at(t.query, t.query_step, head, n);
+            for (int64_t k = 0; k < count; k++) {
+                const float *row = query + k * t.query_step[2];
+                const float sum = total<L>(d, [&](int64_t c) INLINED { return positive(row + c) * V::load(sums + i * d + c); });
                 const float share = 1.0f / (sum < t.min_sum ? t.min_sum : sum);
-                for (int64_t c = 0; c < d; c += L) V::store(tokens + i * d + c, positive(row + c) * share);
-                if (totals) totals[n + i] = sum;
+                for (int64_t c = 0; c < d; c += L) V::store(tokens + k * d + c, positive(row + c) * share);
+                if (t.totals) t.totals[(unit + i) * t.queries + n + k] = sum;
             }
-            products<L>(tokens, 1, d, d, rows(mixer, e), count, e, zero, store(out + n * t.out_step[2], t.out_step[2]));
-        }
+            products<L>(tokens, 1, d, d, rows(mixer + i * size, e), count, e, zero,
+                        store(at(t.out, t.out_step, head, n), t.out_step[2]));
+        });
         return;
     }
 
-    const float *grad = t.grad + first(t.grad_step);
-    float *d_query = t.d_query + first(t.d_query_step), *d_key = t.d_key + first(t.d_key_step);
-    float *d_value = t.d_value + first(t.d_value_step), *turned = room.turned.data();
-    float *grads = room.grads.data(), *d_sums = room.sums.data(), d_totals[AT_ONCE];
-    std::fill(mixer, mixer + d * e, 0.0f);  // its gradient, from here on
-    std::fill(d_sums, d_sums + d, 0.0f);
-    turn(context, d, e, temperature, turned);
-    for (int64_t n = 0; n < t.queries; n += AT_ONCE) {
-        const int64_t count = std::min(AT_ONCE, t.queries - n);
-        for (int64_t i = 0; i < count; i++) {
-            const float *row = grad + (n + i) * t.grad_step[2], *outs = out + (n + i) * t.out_step[2];
-            const bool bounded = totals[n + i] < t.min_sum;
-            const float share = 1.0f / (bounded ? t.min_sum : totals[n + i]);
-            for (int64_t v = 0; v < e; v += L) V::store(grads + i * e + v, V::load(row + v) * share);
-            d_totals[i] = 0.0f;
+    float *turned = room.turned.data(), *grads = room.grads.data(), *d_sums = room.sums.data(), d_totals[AT_ONCE];
+    std::fill(mixer, mixer + heads.count * size, 0.0f);  // its gradient, from here on
+    std::fill(d_sums, d_sums + heads.count * d, 0.0f);
+    for (int64_t i = 0; i < heads.count; i++) turn(context + i * size, d, e, temperature(heads.first + i), turned + i * size);
+    each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+        const float *query = at(t.query, t.query_step, head, n), *grad = at(t.grad, t.grad_step, head, n);
+        const float *outs = at(t.out, t.out_step, head, n), *sums = t.sums + (unit + i) * d;
+        float *d_query = at(t.d_query, t.d_query_step, head, n);
+        for (int64_t k = 0; k < count; k++) {
+            const float *row = grad + k * t.grad_step[2], *out = outs + k * t.out_step[2];
+            const float sum = t.totals[(unit + i) * t.queries + n + k];
+            const bool bounded = sum < t.min_sum;
+            const float share = 1.0f / (bounded ? t.min_sum : sum);
+            for (int64_t v = 0; v < e; v += L) V::store(grads + k * e + v, V::load(row + v) * share);
+            d_totals[k] = 0.0f;
             if (!bounded)
-                d_totals[i] = -share * total<L>(e, [&](int64_t v) INLINED { return V::load(row + v) * V::load(outs + v); });
+                d_totals[k] = -share * total<L>(e, [&](int64_t v) INLINED { return V::load(row + v) * V::load(out + v); });
         }
         for (int64_t c = 0; c < d; c += L) {
             Float sum = Float{};
-            for (int64_t i = 0; i < count; i++) {
-                const Float part = positive(query + (n + i) * t.query_step[2] + c);
-                V::store(tokens + i * d + c, part);
-                sum += part * d_totals[i];
+            for (int64_t k = 0; k < count; k++) {
+                const Float part = positive(query + k * t.query_step[2] + c);
+                V::store(tokens + k * d + c, part);
+                sum += part * d_totals[k];
             }
-            V::store(d_sums + c, V::load(d_sums + c) + sum);
+            V::store(d_sums + i * d + c, V::load(d_sums + i * d + c) + sum);
         }
-        products<L>(grads, 1, e, e, rows(turned, d), count, d,
-                    [&](int64_t i, int64_t c) INLINED { return V::load(sums + c) * d_totals[i]; },
-                    [&](int64_t i, int64_t c, const Float &x) INLINED {
-                        const Float gate = V::load(tokens + i * d + c);
-                        V::store(d_query + (n + i) * t.d_query_step[2] + c, gate > 0.0f ? x : Float{});
+        products<L>(grads, 1, e, e, rows(turned + i * size, d), count, d,
+                    [&](int64_t k, int64_t c) INLINED { return V::load(sums + c) * d_totals[k]; },
+                    [&](int64_t k, int64_t c, const Float &x) INLINED {
+                        const Float gate = V::load(tokens + k * d + c);
+                        V::store(d_query + k * t.d_query_step[2] + c, gate > 0.0f ? x : Float{});
                     });
-        add_products(count, rows(grads, e), mixer);
+        add_products(count, rows(grads, e), mixer + i * size);
+    });
+    for (int64_t i = 0; i < heads.count; i++) {
+        float *d_mixer = mixer + i * size, sum = 0.0f;
+        for (int64_t j = 0; t.d_temperature && j < size; j++) sum += d_mixer[j] * context[i * size + j];
+        if (t.d_temperature) t.d_temperature[unit + i] = sum;
+        for (int64_t j = 0; j < size; j++) d_mixer[j] *= temperature(heads.first + i);
+        turn(d_mixer, d, e, 1.0f, turned + i * size);
     }
-    if (t.d_temperature) {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < d * e; i++) sum += mixer[i] * context[i];
-        t.d_temperature[unit] = sum;
-    }
-    for (int64_t i = 0; i < d * e; i++) mixer[i] *= temperature;
-    turn(mixer, d, e, 1.0f, turned);
-    for (int64_t n = 0; n < t.keys; n += AT_ONCE) {
-        const int64_t count = std::min(AT_ONCE, t.keys - n);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t c = 0; c < d; c += L) V::store(tokens + i * d + c, positive(key + (n + i) * t.key_step[2] + c));
-        products<L>(value + n * t.value_step[2], 1, t.value_step[2], e, rows(turned, d), count, d,
-                    [&](int64_t, int64_t c) INLINED { return V::load(d_sums + c); },
-                    [&](int64_t i, int64_t c, const Float &x) INLINED {
-                        const Float gate = V::load(tokens + i * d + c);
-                        V::store(d_key + (n + i) * t.d_key_step[2] + c, gate > 0.0f ? x : Float{});
+    each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+        const float *key = at(t.key, t.key_step, head, n);
+        float *d_key = at(t.d_key, t.d_key_step, head, n);
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t c = 0; c < d; c += L) V::store(tokens + k * d + c, positive(key + k * t.key_step[2] + c));
+        products<L>(at(t.value, t.value_step, head, n), 1, t.value_step[2], e, rows(turned + i * size, d), count, d,
+                    [&](int64_t, int64_t c) INLINED { return V::load(d_sums + i * d + c); },
+                    [&](int64_t k, int64_t c, const Float &x) INLINED {
+                        const Float gate = V::load(tokens + k * d + c);
+                        V::store(d_key + k * t.d_key_step[2] + c, gate > 0.0f ? x : Float{});
                     });
-        products<L>(tokens, 1, d, d, rows(mixer, e), count, e, zero,
-                    store(d_value + n * t.d_value_step[2], t.d_value_step[2]));
-    }
+        products<L>(tokens, 1, d, d, rows(mixer + i * size, e), count, e, zero,
+                    store(at(t.d_value, t.d_value_step, head, n), t.d_value_step[2]));
+    });
 }
 
-COPIES(LinearTask, LinearRoom, work)
+COPIES(LinearTask, const Heads &, LinearRoom, work)
 
-void run(const LinearTask &t, void (*one)(const LinearTask &, int64_t, int64_t, LinearRoom &)) {
-    share(t.threads, t.images * t.heads, [&] { return LinearRoom(t); },
-          [&](int64_t part, LinearRoom &room) { one(t, part / t.heads, part % t.heads, room); });
+void run(const LinearTask &t, void (*one)(const LinearTask &, int64_t, const Heads &, LinearRoom &)) {
+    const int64_t most = heads_at_once(t.images, t.heads, t.threads);
+    share_heads(t.images, t.heads, most, t.threads, [&] { return LinearRoom(t, most); },
+                [&](int64_t image, const Heads &heads, LinearRoom &room) { one(t, image, heads, room); });
 }
 
 }  // namespace

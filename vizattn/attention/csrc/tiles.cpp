@@ -89,17 +89,15 @@ struct Room {
     }
 };
 
-// One head of one image.
-template <int L, bool backward> INLINE void work(const Task &t, int64_t image, int64_t head, Room &room) {
+// Some heads of one image.
+template <int L, bool backward> INLINE void work(const Task &t, int64_t image, const Heads &heads, Room &room) {
     typedef Lanes<L> V;
     typedef typename V::Float Float;
     const int64_t d = t.channels, entries = t.keys * t.queries;
-    const auto first = [&](const int64_t *step) { return image * step[0] + head * step[2]; };
-    const float *query = t.query + first(t.query_step), *key = t.key + first(t.key_step);
-    const float *value = t.value + first(t.value_step);
-    const int64_t out_first = first(t.out_step), d_query_first = first(t.d_query_step);
-    const int64_t d_key_first = first(t.d_key_step), d_value_first = first(t.d_value_step);
-    const int64_t bias_first = t.bias_heads > 1 ? head * entries : 0;
+    int64_t head = heads.first;
+    const auto of = [&](auto *x, const int64_t *step, int64_t n) INLINED {
+        return x + image * step[0] + n * step[1] + head * step[2];
+    };
     const float *const *keys = room.keys.data(), *const *values = room.values.data();
     const auto row_of = [](const float *const *rows) INLINED {
         return [rows](int64_t k) INLINED { return rows[k]; };
@@ -118,7 +116,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
                     by_channel ? by_channel + q * L : nullptr, W);
         };
         for (int q = 0; q < Q; q++)
-            taken(query, t.query_step[1], q, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
+            taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
         scores<L, Q>(query_by_channel, keys, count, d, t.bias ? room.biases.data() : nullptr, lane, p);
         Float share[Q];
         for (int q = 0; q < Q; q++) {
@@ -139,14 +137,14 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
             float shares[W];
             for (int q = 0; q < Q; q++) V::store(shares + q * L, share[q]);
             products<L>(p, W, 1, count, row_of(values), places, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
-                if (at[l] >= 0) V::store(t.out + out_first + at[l] * t.out_step[1] + c, x * shares[l]);
+                if (at[l] >= 0) V::store(of(t.out, t.out_step, at[l]) + c, x * shares[l]);
             });
             return;
         }
         // The shares are given to the gradients of outputs, which are fewer than probabilities.
         for (int q = 0; q < Q; q++) {
-            taken(t.grad + out_first, t.out_step[1], q, share[q], grad_by_lane, grad_by_channel);
-            taken(query, t.query_step[1], q, Float{} + t.scale, query_by_lane, nullptr);
+            taken(of(t.grad, t.out_step, 0), t.out_step[1], q, share[q], grad_by_lane, grad_by_channel);
+            taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale, query_by_lane, nullptr);
         }
         scores<L, Q>(grad_by_channel, values, count, d, nullptr, 0, ds);
         for (int q = 0; q < Q; q++) {
@@ -162,7 +160,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
                 V::store(to, V::load(to) + V::load(ds + k * W + q * L));
             }
         products<L>(ds, W, 1, count, row_of(keys), places, d, zero, [&](int64_t l, int64_t c, const Float &x) INLINED {
-            if (at[l] >= 0) V::store(t.d_query + d_query_first + at[l] * t.d_query_step[1] + c, x * t.scale);
+            if (at[l] >= 0) V::store(of(t.d_query, t.d_query_step, at[l]) + c, x * t.scale);
         });
         const auto send = [&](const float *weights, const float *by_lane, float *const *to) INLINED {
             products<L>(weights, 1, W, places, [&](int64_t l) INLINED { return by_lane + l * d; }, count, d,
@@ -173,19 +171,19 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
         send(p, grad_by_lane, room.d_values.data());
     };
 
-    for (int64_t tile = 0; tile < t.tiles; tile++) {
+    const auto tiled = [&](int64_t tile) INLINED {
         const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys, *query_at = t.query_at + tile * t.queries;
-        const int64_t mask = bias_first + (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads * entries;
+        const int64_t table = (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads + (t.bias_heads > 1 ? head : 0);
         int64_t count = 0;
         for (int64_t k = 0; k < t.keys; k++) {
             if (key_at[k] < 0) continue;
-            room.keys[count] = key + key_at[k] * t.key_step[1];
-            room.values[count] = value + key_at[k] * t.value_step[1];
-            if (t.bias) room.biases[count] = t.bias + mask + k * t.queries;
-            if (t.d_bias) room.d_biases[count] = t.d_bias + mask + k * t.queries;
+            room.keys[count] = of(t.key, t.key_step, key_at[k]);
+            room.values[count] = of(t.value, t.value_step, key_at[k]);
+            if (t.bias) room.biases[count] = t.bias + table * entries + k * t.queries;
+            if (t.d_bias) room.d_biases[count] = t.d_bias + table * entries + k * t.queries;
             if (backward) {
-                room.d_keys[count] = t.d_key + d_key_first + key_at[k] * t.d_key_step[1];
-                room.d_values[count] = t.d_value + d_value_first + key_at[k] * t.d_value_step[1];
+                room.d_keys[count] = of(t.d_key, t.d_key_step, key_at[k]);
+                room.d_values[count] = of(t.d_value, t.d_value_step, key_at[k]);
             }
             count++;
         }
@@ -196,18 +194,22 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, i
             if (places > L) attend(std::integral_constant<int, 2>(), at, places, lane, count);
             else if (places > 0) attend(std::integral_constant<int, 1>(), at, places, lane, count);
         }
-    }
+    };
+    for (int64_t tile = 0; tile < t.tiles; tile++)
+        for (head = heads.first; head < heads.first + heads.count; head++) tiled(tile);
 }
 
-COPIES(Task, Room, work)
+COPIES(Task, const Heads &, Room, work)
 
-void run(const Task &t, void (*one)(const Task &, int64_t, int64_t, Room &)) {
+void run(const Task &t, void (*one)(const Task &, int64_t, const Heads &, Room &)) {
+    const auto make = [&] { return Room(t); };
+    if (!t.d_bias)
+        return share_heads(t.images, t.heads, heads_at_once(t.images, t.heads, t.threads), t.threads, make,
+                           [&](int64_t image, const Heads &heads, Room &room) { one(t, image, heads, room); });
     // What is added to one table of biases' gradients is added by one thread; nothing else is shared.
-    const int64_t units = t.images * t.heads, of_table = t.bias_heads > 1 ? t.images : units;
-    const int64_t together = t.d_bias && units ? of_table : 1;
-    share(t.threads, units / together, [&] { return Room(t); }, [&](int64_t part, Room &room) {
-        for (int64_t unit = part * together; unit < (part + 1) * together; unit++)
-            one(t, unit % t.images, unit / t.images, room);
+    const int64_t together = t.bias_heads > 1 ? heads_at_once(1, t.heads, t.threads) : t.heads;
+    share_heads(1, t.heads, together, t.threads, make, [&](int64_t, const Heads &heads, Room &room) {
+        for (int64_t image = 0; image < t.images; image++) one(t, image, heads, room);
     });
 }
 
