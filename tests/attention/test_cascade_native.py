@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from threads import threads
 from torch import Tensor, nn
 
 from vizattn import fuse
@@ -48,10 +49,8 @@ def assert_right(module: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@example(B=1, H=1, W=1, channels=3, num_heads=1, window_size=7, key_dim=16, fused=False, lanes=16, threads=1, last=1)
-@example(
-    B=2, H=9, W=19, channels=8, num_heads=4, window_size=19, key_dim=32, fused=True, lanes=8, threads=2, last=False
-)
+@example(B=1, H=1, W=1, channels=3, num_heads=1, window_size=7, key_dim=16, fused=False, lanes=16, count=1, last=1)
+@example(B=2, H=9, W=19, channels=8, num_heads=4, window_size=19, key_dim=32, fused=True, lanes=8, count=2, last=False)
 @settings(max_examples=40, deadline=None)
 @given(
     B=st.integers(1, 3),
@@ -63,7 +62,7 @@ def assert_right(module: nn.Module, x: Tensor) -> None:
     key_dim=st.sampled_from([16, 32]),
     fused=st.booleans(),
     lanes=st.sampled_from([4, 8, 16]),
-    threads=st.integers(1, 3),
+    count=st.integers(1, 3),
     last=st.booleans(),
 )
 def test_it_computes_what_torch_does(
@@ -76,7 +75,7 @@ def test_it_computes_what_torch_does(
     key_dim: int,
     fused: bool,
     lanes: int,
-    threads: int,
+    count: int,
     last: bool,
 ) -> None:
     module = module_with(channels, num_heads, window_size, key_dim)
@@ -85,14 +84,8 @@ def test_it_computes_what_torch_does(
     x = torch.randn(B, num_heads * channels, H, W)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_lanes", lanes)
-        torch.set_num_threads(threads)
-        try:
-            assert_right(module, x)
-        finally:
-            torch.set_num_threads(before)
+    with mock.patch.object(native, "_lanes", lanes), threads(count):
+        assert_right(module, x)
 
 
 def test_parts_of_larger_tensors_and_layouts() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import threads
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +51,7 @@ def doubled(inputs: list[Tensor]) -> list[Tensor]:
 @st.composite
 def tilings(draw: Any) -> tuple[int, ...]:
     """Images, queries, keys, heads, channels, tiles, keys of a tile, masks, one for each head, keys of each image."""
-    numbers = [(1, 3), (1, 40), (1, 30), (1, 3)]
+    numbers = [(1, 3), (1, 40), (1, 30), (1, 5)]
     B, N, M, h = (draw(st.integers(*limits)) for limits in numbers)
     d = 16 * draw(st.integers(1, 4))
     masks = draw(st.integers(0, 3))
@@ -73,10 +74,10 @@ def tilings(draw: Any) -> tuple[int, ...]:
     case=tilings(),
     packed=st.booleans(),
     lanes=st.sampled_from([4, 8, 16]),
-    threads=st.integers(1, 3),
+    count=st.integers(1, 4),
     seed=st.integers(0, 999),
 )
-def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, threads: int, seed: int) -> None:
+def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, count: int, seed: int) -> None:
     """Queries are dealt out to tiles, some of whose lanes have none; each tile has keys of its own."""
     B, N, M, h, d, T, most_keys, P, by_head, by_image = case
     M = max(N, M) if packed else M
@@ -117,17 +118,11 @@ def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, threads
                 rows[b][i] = torch.einsum("hk,khd->hd", scores.softmax(-1), value[b, keys])
     expected = torch.stack([torch.stack(row) for row in rows])
 
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_lanes", lanes)
-        torch.set_num_threads(threads)
-        try:
-            output = attend_tiles(bias, tiling, scale, N, *inputs)
-            assert_same(output, expected, [*inputs, *([] if bias is None else [bias])], wide)
-            with torch.no_grad():
-                assert torch.equal(attend_tiles(bias, tiling, scale, N, *inputs), output)
-        finally:
-            torch.set_num_threads(before)
+    with mock.patch.object(native, "_lanes", lanes), threads(count):
+        output = attend_tiles(bias, tiling, scale, N, *inputs)
+        assert_same(output, expected, [*inputs, *([] if bias is None else [bias])], wide)
+        with torch.no_grad():
+            assert torch.equal(attend_tiles(bias, tiling, scale, N, *inputs), output)
 
 
 @st.composite
@@ -224,7 +219,7 @@ def test_routed_regions_equal_the_definition(
 @settings(max_examples=25, deadline=None)
 @given(
     B=st.integers(1, 2),
-    h=st.integers(1, 2),
+    h=st.integers(1, 5),
     N=st.integers(1, 70),
     M=st.integers(1, 70),
     d=st.sampled_from([16, 32, 48]),
@@ -232,10 +227,11 @@ def test_routed_regions_equal_the_definition(
     factor=st.booleans(),
     min_sum=st.sampled_from([1.0, 100.0]),
     lanes=st.sampled_from([4, 8, 16]),
+    count=st.integers(1, 4),
     seed=st.integers(0, 999),
 )
 def test_linear_attention_equals_the_definition(
-    B: int, h: int, N: int, M: int, d: int, e: int, factor: bool, min_sum: float, lanes: int, seed: int
+    B: int, h: int, N: int, M: int, d: int, e: int, factor: bool, min_sum: float, lanes: int, count: int, seed: int
 ) -> None:
     """What is done in float64 is held to loops by test_linear."""
     inputs = [draw(seed, B, N, h, d).transpose(1, 2), draw(seed + 1, B, h, M, d), draw(seed + 2, B, h, M, e)]
@@ -243,6 +239,7 @@ def test_linear_attention_equals_the_definition(
     wide = doubled(inputs)
     with (
         mock.patch.object(native, "_lanes", lanes),
+        threads(count),
         mock.patch.object(linear, "attend_linear", wraps=linear.attend_linear) as used,
     ):
         outputs = [linear_attention(*x[:3], x[3] if factor else None, min_sum) for x in (inputs, wide)]
@@ -531,14 +528,11 @@ def test_threads_that_share_biases() -> None:
     inputs = [draw(i, 2, 4096, 8, 16) for i in range(3)]
     bias = draw(3, 1, 1, 64, 16)
     tiling = Tiling(torch.arange(4096).view(-1, 16).int(), torch.arange(64).expand(256, -1).int().contiguous(), None)
-    before, grads = torch.get_num_threads(), []
-    for threads in (1, 4, 4, 4):
-        torch.set_num_threads(threads)
-        try:
+    grads = []
+    for count in (1, 4, 4, 4):
+        with threads(count):
             output = attend_tiles(bias, tiling, 0.25, 4096, *inputs)
             grads.append(torch.autograd.grad(output.pow(2).sum(), [bias, *inputs]))
-        finally:
-            torch.set_num_threads(before)
     for several in grads[1:]:
         for grad, expected in zip(several, grads[0]):
             assert torch.equal(grad, expected)
