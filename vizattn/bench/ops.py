@@ -315,14 +315,16 @@ def our_stripes(shape: Shape) -> Built:
 AGENTS = 49
 
 
-def _agent(shape: Shape, function: Callable[..., Tensor]) -> Built:
-    agents = shape.parameter(shape.batch, shape.heads, AGENTS, shape.dim)
-    return Built(function, [*shape.sequences(), agents], 2 * shape.pairs(AGENTS))
+def _agent(shape: Shape, function: Callable[..., Tensor], bias: bool = False) -> Built:
+    inputs = [*shape.sequences(), shape.parameter(shape.batch, shape.heads, AGENTS, shape.dim)]
+    if bias:
+        inputs += [shape.parameter(1, shape.heads, AGENTS, shape.tokens) for _ in range(2)]
+    return Built(function, inputs, 2 * shape.pairs(AGENTS))
 
 
-def our_agents(shape: Shape) -> Built:
+def our_agents(shape: Shape, bias: bool = False) -> Built:
     """`vizattn.attention.agent_attention`, 49 agents."""
-    return _agent(shape, attention.agent_attention)
+    return _agent(shape, attention.agent_attention, bias)
 
 
 def agent_products(shape: Shape) -> Built:
@@ -360,12 +362,15 @@ _LINEAR: dict[str, Build] = {
     "products alone": linear_products,
     "written out": quadratic_linear,
 }
-_AGENT: dict[str, Build] = {
-    "vizattn": our_agents,
-    "torch alone": by_torch(our_agents),
-    "products alone": agent_products,
-}
 _FULL: dict[str, Build] = {"full softmax": full_softmax}
+
+
+def _agents(bias: bool) -> Op:
+    ours = functools.partial(our_agents, bias=bias)
+    builds: dict[str, Build] = {"vizattn": ours, "torch alone": by_torch(ours), "products alone": agent_products}
+    return Op("full softmax", builds | _FULL, f"{AGENTS} agents, {'learnt' if bias else 'no'} biases")
+
+
 OPS: dict[str, Op] = {
     "neighborhood": _neighborhood(1, False, f"windows of {KERNEL} x {KERNEL}"),
     "neighborhood, biased": _neighborhood(1, True, "the same with learnt biases by offset"),
@@ -381,7 +386,8 @@ OPS: dict[str, Op] = {
         {"vizattn": our_halo, "timm": timm_halo, **_FULL},
         f"layers: blocks of {BLOCK}, halo of {HALO}",
     ),
-    "agent": Op("full softmax", _AGENT | _FULL, f"{AGENTS} agents, no biases"),
+    "agent": _agents(bias=False),
+    "agent, biased": _agents(bias=True),
     "linear": Op("full softmax", _LINEAR | _FULL, "ReLU as feature map"),
     "window": Op(
         "full softmax",

@@ -34,16 +34,19 @@ template <int L> struct Lanes {
     static INLINE Float load(const float *from) { return *reinterpret_cast<const Anywhere *>(from); }
     static INLINE void store(float *to, const Float &x) { *reinterpret_cast<Anywhere *>(to) = x; }
 
-    // The sum of all lanes, by halves.
-    static INLINE float total(const Float &x) {
-        float parts[L];
-        store(parts, x);
-        if constexpr (L > 4) {
-            typedef Lanes<L / 2> Half;
-            return Half::total(Half::load(parts) + Half::load(parts + L / 2));
-        } else {
-            return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    // The sums of all lanes of L vectors part(0), part(1), ..., one in each lane.
+    template <class Part> static INLINE Float totals(const Part &part) {
+#if __has_builtin(__builtin_shufflevector)
+        return summed<L / 2>(part, 0);
+#else
+        float sums[L], parts[L];
+        for (int i = 0; i < L; i++) {
+            store(parts, part(i));
+            sums[i] = 0.0f;
+            for (int j = 0; j < L; j++) sums[i] += parts[j];
         }
+        return load(sums);
+#endif
     }
 
     // In place of each x, 2 to its power, as near as float32 is; below the range of normal numbers 0.
@@ -88,6 +91,16 @@ template <int L> struct Lanes {
                 rows[i + S] = mixed<S, S>(a, b, std::make_integer_sequence<int, L>());
             }
             turned<2 * S>(rows);
+        }
+    }
+
+    // Of 2 * S vectors from the i-th on: a lane has a part of the sum of one, and 2 * S lanes on, another part.
+    template <int S, class Part> static INLINE Float summed(const Part &part, int i) {
+        if constexpr (S == 0) return part(i);
+        else {
+            const Float a = summed<S / 2>(part, i), b = summed<S / 2>(part, i + S);
+            return mixed<S, 0>(a, b, std::make_integer_sequence<int, L>()) +
+                   mixed<S, S>(a, b, std::make_integer_sequence<int, L>());
         }
     }
 

@@ -28,11 +28,16 @@ struct LinearRoom {
           turned(mixer.size()), sums(heads * t.channels), context(mixer.size()) {}
 };
 
-// The sum over all vectors of `width` floats of part(first float).
-template <int L, class Part> INLINE float total(int64_t width, const Part &part) {
-    typename Lanes<L>::Float sum = part(0);
-    for (int64_t c = L; c < width; c += L) sum += part(c);
-    return Lanes<L>::total(sum);
+// To `out`, with room for AT_ONCE: of `count` rows the sum over all `width` channels of part(row, channel), a vector.
+template <int L, class Part> INLINE void totals(int64_t count, int64_t width, const Part &part, float *out) {
+    typedef Lanes<L> V;
+    for (int64_t first = 0; first < count; first += L)
+        V::store(out + first, V::totals([&](int i) INLINED {
+            const int64_t row = std::min(first + i, count - 1);
+            typename V::Float sum = part(row, 0);
+            for (int64_t c = L; c < width; c += L) sum += part(row, c);
+            return sum;
+        }));
 }
 
 // (d, e) -> (e, d), times `factor`.
@@ -72,6 +77,9 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         for (int64_t n = 0; n < tokens; n += AT_ONCE)
             for (int64_t i = 0; i < heads.count; i++) one(i, heads.first + i, n, std::min(AT_ONCE, tokens - n));
     };
+    const auto share_of = [&](const float *totals, int64_t count, float *shares) INLINED {
+        for (int64_t k = 0; k < count; k++) shares[k] = 1.0f / (totals[k] < t.min_sum ? t.min_sum : totals[k]);
+    };
     const auto temperature = [&](int64_t head) INLINED { return t.temperature ? t.temperature[head] : 1.0f; };
     // What only a backward pass needs is kept where there will be one.
     const int64_t unit = image * t.heads + heads.first;
@@ -98,15 +106,18 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             for (int64_t j = 0; j < size; j++) mixer[i * size + j] = context[i * size + j] * temperature(heads.first + i);
         each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
             const float *query = at(t.query, t.query_step, head, n);
-            for (int64_t k = 0; k < count; k++) {
-                const float *row = query + k * t.query_step[2];
-                const float sum = total<L>(d, [&](int64_t c) INLINED { return positive(row + c) * V::load(sums + i * d + c); });
-                const float share = 1.0f / (sum < t.min_sum ? t.min_sum : sum);
-                for (int64_t c = 0; c < d; c += L) V::store(tokens + k * d + c, positive(row + c) * share);
-                if (t.totals) t.totals[(unit + i) * t.queries + n + k] = sum;
-            }
+            const auto part = [&](int64_t k, int64_t c) INLINED {
+                const Float x = positive(query + k * t.query_step[2] + c);
+                V::store(tokens + k * d + c, x);
+                return x * V::load(sums + i * d + c);
+            };
+            float found[AT_ONCE], shares[AT_ONCE];
+            totals<L>(count, d, part, found);
+            share_of(found, count, shares);
+            if (t.totals) std::copy_n(found, count, t.totals + (unit + i) * t.queries + n);
+            float *out = at(t.out, t.out_step, head, n);
             products<L>(tokens, 1, d, d, rows(mixer + i * size, e), count, e, zero,
-                        store(at(t.out, t.out_step, head, n), t.out_step[2]));
+                        [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(out + k * t.out_step[2] + c, x * shares[k]); });
         });
         return;
     }
@@ -119,16 +130,16 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         const float *query = at(t.query, t.query_step, head, n), *grad = at(t.grad, t.grad_step, head, n);
         const float *outs = at(t.out, t.out_step, head, n), *sums = t.sums + (unit + i) * d;
         float *d_query = at(t.d_query, t.d_query_step, head, n);
-        for (int64_t k = 0; k < count; k++) {
-            const float *row = grad + k * t.grad_step[2], *out = outs + k * t.out_step[2];
-            const float sum = t.totals[(unit + i) * t.queries + n + k];
-            const bool bounded = sum < t.min_sum;
-            const float share = 1.0f / (bounded ? t.min_sum : sum);
-            for (int64_t v = 0; v < e; v += L) V::store(grads + k * e + v, V::load(row + v) * share);
-            d_totals[k] = 0.0f;
-            if (!bounded)
-                d_totals[k] = -share * total<L>(e, [&](int64_t v) INLINED { return V::load(row + v) * V::load(out + v); });
-        }
+        const float *found = t.totals + (unit + i) * t.queries + n;
+        float shares[AT_ONCE];
+        share_of(found, count, shares);
+        const auto part = [&](int64_t k, int64_t v) INLINED {
+            const Float x = V::load(grad + k * t.grad_step[2] + v);
+            V::store(grads + k * e + v, x * shares[k]);
+            return x * V::load(outs + k * t.out_step[2] + v);
+        };
+        totals<L>(count, e, part, d_totals);
+        for (int64_t k = 0; k < count; k++) d_totals[k] = found[k] < t.min_sum ? 0.0f : -shares[k] * d_totals[k];
         for (int64_t c = 0; c < d; c += L) {
             Float sum = Float{};
             for (int64_t k = 0; k < count; k++) {
