@@ -122,6 +122,8 @@ def _by_library(
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:
     """(h, A, H', W') -> (h, A, H, W)."""
+    if table.shape[2] == H and table.shape[3] == W:
+        return table
     return F.interpolate(table, size=(H, W), mode="bilinear", align_corners=False)
 
 
