@@ -122,8 +122,8 @@ def _by_library(
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:
     """(h, A, H', W') -> (h, A, H, W)."""
-    if table.shape[2] == H and table.shape[3] == W:
-        return table
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and table.shape[2:] == (H, W):
+        return table  # graphs for maps of all sizes must not depend on whether it is
     return F.interpolate(table, size=(H, W), mode="bilinear", align_corners=False)
 
 
