@@ -1,4 +1,4 @@
-"""Makes `reference` and `threads` importable, as test modules are imported by path; one thread for each process of the tests."""
+"""Makes the modules beside it importable, as tests are imported by path; one thread for each process of the tests."""
 
 import os
 import sys

@@ -62,9 +62,9 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert [command[-2:] for command in called] == [["--out", folder] for folder in folders]
     assert all(command[:4] == [sys.executable, "-m", "vizattn", "bench"] for command in called)
     printed, errors = capsys.readouterr()
-    assert "[2/13] growth: attention by size\nvizattn bench ops --only vizattn --size 14x14" in printed
+    assert f"[2/{len(tool.RUNS)}] growth: attention by size\nvizattn bench ops --only vizattn --size 14x14" in printed
     assert errors == "\nFailed, as told above: ops.\n"
-    assert tool.main(["peft", "data"]) == 0 and len(called) == 15
+    assert tool.main(["fused", "data"]) == 0 and len(called) == len(tool.RUNS) + 2
 
 
 def test_unknown_runs(tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,13 +151,17 @@ class CascadedGroupAttention(nn.Module):
         """The outputs of all heads behind ReLU, (B, C, H, W), if the compiled library can compute them."""
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
-        table = self.attention_biases
-        if self.key_dim % LANES or not usable() or not eager(x, table):
+        table, size = self.attention_biases, self.window_size**2
+        if self.key_dim % LANES or window == (1, 1) or not usable() or not eager(x, table):
             return None
         if not x.is_cpu or x.dtype is not torch.float32 or table.dtype is not torch.float32:
             return None
+        if x.shape[1] != self.num_heads * self.head_dim or table.shape != (self.num_heads, size):
+            return None
         layers = cascade_layers(self.qkvs, self.dws, self.head_dim, self.key_dim)
-        return None if layers is None else attend_cascade(x, table, window, self.window_size, self.key_dim, *layers)
+        if layers is None or len(layers[1]) != 2 * self.num_heads:
+            return None
+        return attend_cascade(x, table, window, self.window_size, self.key_dim, *layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

@@ -39,6 +39,7 @@ def _in_inference(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
     )
 
 

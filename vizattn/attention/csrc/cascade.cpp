@@ -2,6 +2,7 @@
 // its outputs, head by head; numbers have one position in each lane of a vector, as a map has them in memory.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include "lanes.h"
 
@@ -17,14 +18,13 @@ struct CascadeTask {
     float eps;
     const float *x, *table;
     float *out;
-    struct { Layer qkv, conv; } head[MOST_HEADS];
+    struct { Layer qkv, conv; } layers[MOST_HEADS];
     int64_t kernel[MOST_HEADS];
     int64_t images, heads, channels, key_channels, height, width, window_height, window_width, table_width, lanes, threads;
 };
 
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int64_t AT_ONCE = 4;  // positions of a row in a convolution
 
 // What a layer's sums are multiplied by and what is added to them, channel by channel.
@@ -44,14 +44,15 @@ struct Affine {
     }
 };
 
-struct Head {
+// The norms of a head folded into its layers.
+struct Folded {
     Affine qkv, conv;
     std::vector<float> taps;  // (kernel, kernel, channels)
 };
 
 struct Cascade {
     const CascadeTask &task;
-    std::vector<Head> heads;
+    std::vector<Folded> folded;
     int64_t places, border, row;  // of a window's positions in lanes; of its largest convolution; of its queries with it
 
     explicit Cascade(const CascadeTask &t) : task(t) {
@@ -62,13 +63,13 @@ struct Cascade {
         for (int64_t h = 0; h < t.heads; h++) {
             // The convolution's outputs are queries as scores want them.
             const float factor = LOG2_E / std::sqrt(static_cast<float>(K));
-            const auto &[qkv, conv] = t.head[h];
-            heads.push_back({Affine(qkv, 2 * K + t.channels, t.eps, 1.0f), Affine(conv, K, t.eps, factor), {}});
+            const auto &[qkv, conv] = t.layers[h];
+            folded.push_back({Affine(qkv, 2 * K + t.channels, t.eps, 1.0f), Affine(conv, K, t.eps, factor), {}});
             const int64_t size = t.kernel[h] * t.kernel[h];
-            heads[h].taps.resize(size * K);
+            folded[h].taps.resize(size * K);
             for (int64_t c = 0; c < K; c++)
                 for (int64_t i = 0; i < size; i++)
-                    heads[h].taps[i * K + c] = conv.weight[c * size + i] * heads[h].conv.scale[c];
+                    folded[h].taps[i * K + c] = conv.weight[c * size + i] * folded[h].conv.scale[c];
         }
     }
 };
@@ -111,7 +112,7 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
 
     for (int64_t head = 0; head < t.heads; head++) {
-        const Head &has = of.heads[head];
+        const Folded &folded = of.folded[head];
         const int64_t first = (image * t.heads + head) * c * area + top * t.width + left;
         for (int64_t channel = 0; channel < c; channel++)
             for (int64_t n = 0; n < N; n += run) {
@@ -125,9 +126,9 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
                     }
                 });
             }
-        products<L>(t.head[head].qkv.weight, 1, c, c, rows(part, P), 2 * K + c, P, zero,
+        products<L>(t.layers[head].qkv.weight, 1, c, c, rows(part, P), 2 * K + c, P, zero,
                     [&](int64_t o, int64_t n, const Float &x) INLINED {
-                        V::store(query + o * P + n, x * has.qkv.scale[o] + has.qkv.shift[o]);
+                        V::store(query + o * P + n, x * folded.qkv.scale[o] + folded.qkv.shift[o]);
                     });
 
         // Queries by position, with zeros around the window; then by channel again.
@@ -149,10 +150,10 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
             for (int64_t x = 0; x < width; x += AT_ONCE)
                 for (int64_t k = 0; k < K; k += L) {
                     Float sum[AT_ONCE];
-                    for (int64_t i = 0; i < AT_ONCE; i++) sum[i] = V::load(&has.conv.shift[k]);
+                    for (int64_t i = 0; i < AT_ONCE; i++) sum[i] = V::load(&folded.conv.shift[k]);
                     for (int64_t dy = 0; dy < kernel; dy++)
                         for (int64_t dx = 0; dx < kernel; dx++) {
-                            const Float tap = V::load(&has.taps[(dy * kernel + dx) * K + k]);
+                            const Float tap = V::load(&folded.taps[(dy * kernel + dx) * K + k]);
                             const float *from = padded + ((y + dy) * row + x + dx) * K + k;
                             for (int64_t i = 0; i < AT_ONCE; i++) sum[i] += tap * V::load(from + i * K);
                         }
@@ -180,20 +181,7 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
         products<L>(key, P, 1, K, rows(query, P), N, P,
                     [&](int64_t k, int64_t n) INLINED { return V::load(weights + k * P + n); },
                     [&](int64_t k, int64_t n, const Float &x) INLINED { V::store(weights + k * P + n, x); });
-        for (int64_t n = 0; n < N; n += L) {
-            Float most = V::load(weights + n), total = Float{};
-            for (int64_t k = 1; k < N; k++) {
-                const Float x = V::load(weights + k * P + n);
-                most = x > most ? x : most;
-            }
-            for (int64_t k = 0; k < N; k++) {
-                Float x = V::load(weights + k * P + n) - most;
-                V::exp2(x);
-                V::store(weights + k * P + n, x);
-                total += x;
-            }
-            V::store(&room.shares[n], 1.0f / total);
-        }
+        for (int64_t n = 0; n < N; n += L) V::store(&room.shares[n], softmax<L>(weights + n, P, N));
         products<L>(value, 1, P, N, rows(weights, P), c, P, zero, [&](int64_t channel, int64_t n, const Float &x) INLINED {
             V::store(part + channel * P + n, x * V::load(&room.shares[n]));
         });
@@ -221,7 +209,7 @@ extern "C" void cascade_forward(const CascadeTask *task) {
     const Cascade cascade(*task);
     const auto one = chosen<false>(task->lanes);
     const auto windows = [](int64_t size, int64_t window) { return (size + window - 1) / window; };
-    const int64_t each = windows(task->height, task->window_height) * windows(task->width, task->window_width);
-    share(task->threads, task->images * each, [&] { return CascadeRoom(cascade); },
-          [&](int64_t part, CascadeRoom &room) { one(cascade, part / each, part % each, room); });
+    const int64_t of_image = windows(task->height, task->window_height) * windows(task->width, task->window_width);
+    share(task->threads, task->images * of_image, [&] { return CascadeRoom(cascade); },
+          [&](int64_t part, CascadeRoom &room) { one(cascade, part / of_image, part % of_image, room); });
 }

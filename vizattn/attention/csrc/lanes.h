@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int MOST_LANES = 16;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // Rows of a product at once, two vectors each: those for whose sums a processor has registers.
 #if defined(__x86_64__)
@@ -110,6 +111,24 @@ template <int L> struct Lanes {
     }
 #endif
 };
+
+// Of `count` rows, `step` floats apart, the exponentials of 2 in place, of what is left of a lane's greatest; in each lane
+// one over their sum.
+template <int L> INLINE typename Lanes<L>::Float softmax(float *rows, int64_t step, int64_t count) {
+    typedef Lanes<L> V;
+    typename V::Float top = V::load(rows), total{};
+    for (int64_t k = 1; k < count; k++) {
+        const typename V::Float x = V::load(rows + k * step);
+        top = x > top ? x : top;
+    }
+    for (int64_t k = 0; k < count; k++) {
+        typename V::Float x = V::load(rows + k * step) - top;
+        V::exp2(x);
+        V::store(rows + k * step, x);
+        total += x;
+    }
+    return 1.0f / total;
+}
 
 // Sums of C vectors of channels, from `first` on, of K rows: over n of weights (n, K) times the row in(n). The steps are
 // floats from one n, or row, to the next. A sum begins with start(row, channel) and goes to end(row, channel, sum).
@@ -206,8 +225,12 @@ struct Heads {
 };
 
 inline int64_t heads_at_once(int64_t images, int64_t heads, int64_t threads) {
-    const int64_t parts = std::max<int64_t>(1, std::min(heads, (threads + images - 1) / std::max<int64_t>(1, images)));
-    return (heads + parts - 1) / parts;
+    int64_t best = heads, least = INT64_MAX;  // what the thread that has most to do works on
+    for (int64_t most = heads; most > 0; most--) {
+        const int64_t parts = images * ((heads + most - 1) / most), longest = (parts + threads - 1) / threads * most;
+        if (longest < least) best = most, least = longest;
+    }
+    return best;
 }
 
 template <class Make, class One>

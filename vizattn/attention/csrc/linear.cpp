@@ -29,7 +29,7 @@ struct LinearRoom {
 };
 
 // To `out`, with room for AT_ONCE: of `count` rows the sum over all `width` channels of part(row, channel), a vector.
-template <int L, class Part> INLINE void totals(int64_t count, int64_t width, const Part &part, float *out) {
+template <int L, class Part> INLINE void sum_rows(int64_t count, int64_t width, const Part &part, float *out) {
     typedef Lanes<L> V;
     for (int64_t first = 0; first < count; first += L)
         V::store(out + first, V::totals([&](int i) INLINED {
@@ -112,7 +112,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
                 return x * V::load(sums + i * d + c);
             };
             float found[AT_ONCE], shares[AT_ONCE];
-            totals<L>(count, d, part, found);
+            sum_rows<L>(count, d, part, found);
             share_of(found, count, shares);
             if (t.totals) std::copy_n(found, count, t.totals + (unit + i) * t.queries + n);
             float *out = at(t.out, t.out_step, head, n);
@@ -138,7 +138,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             V::store(grads + k * e + v, x * shares[k]);
             return x * V::load(outs + k * t.out_step[2] + v);
         };
-        totals<L>(count, e, part, d_totals);
+        sum_rows<L>(count, e, part, d_totals);
         for (int64_t k = 0; k < count; k++) d_totals[k] = found[k] < t.min_sum ? 0.0f : -shares[k] * d_totals[k];
         for (int64_t c = 0; c < d; c += L) {
             Float sum = Float{};

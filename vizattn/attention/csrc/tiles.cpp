@@ -20,8 +20,6 @@ struct Task {
 
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
 // Scores (K, Q * L) of K keys: what their rows of `start` have from `lane` on, by e's logarithm, and products with
 // `by_channel` (channels, Q * L).
 template <int L, int Q, int K>
@@ -119,20 +117,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
         scores<L, Q>(query_by_channel, keys, count, d, t.bias ? room.biases.data() : nullptr, lane, p);
         Float share[Q];
-        for (int q = 0; q < Q; q++) {
-            Float top = V::load(p + q * L), total = Float{};
-            for (int64_t k = 1; k < count; k++) {
-                const Float x = V::load(p + k * W + q * L);
-                top = x > top ? x : top;
-            }
-            for (int64_t k = 0; k < count; k++) {
-                Float x = V::load(p + k * W + q * L) - top;
-                V::exp2(x);
-                V::store(p + k * W + q * L, x);
-                total += x;
-            }
-            share[q] = 1.0f / total;
-        }
+        for (int q = 0; q < Q; q++) share[q] = softmax<L>(p + q * L, W, count);
         if (!backward) {
             float shares[W];
             for (int q = 0; q < Q; q++) V::store(shares + q * L, share[q]);
