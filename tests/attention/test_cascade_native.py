@@ -234,7 +234,7 @@ def test_tensors_of_other_shapes_are_refused_by_torch() -> None:
             with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
                 module(torch.randn(1, channels, 6, 5))
         module.window_size = 6
-        with pytest.raises((RuntimeError, IndexError), match="out of range|out of DATA bounds"):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of range|out of DATA bounds"):
             module(torch.randn(1, 32, 6, 6))
 
 
