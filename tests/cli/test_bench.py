@@ -31,7 +31,10 @@ def test_writes_a_table_and_a_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert "agent, forward, batch 1, 7x8, fp32, 1 threads" in printed and "of full softmax" in printed
     with open("work_dirs/bench/ops.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["vizattn", "torch alone", "products alone", "full softmax"]
+    names = ("vizattn", "torch alone", "products alone", "full softmax")
+    assert [(row["subject"], row["name"]) for row in rows] == [
+        (subject, name) for subject in ("agent", "agent, biased") for name in names
+    ]
     assert all(float(row["seconds"]) > 0 and "torch" in row["versions"] for row in rows)
     assert rows[0]["command"] == "vizattn bench ops " + " ".join(TINY) + " --least-seconds 0.0 --no-memory"
     assert Path("work_dirs/bench/ops.svg").stat().st_size > 1000
