@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import PretrainedCfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vizattn.attention import BilevelRoutingAttention
 from vizattn.attention.maps import AttentionCall, AttentionMap, map_of, softmax_map
 from vizattn.errors import VizattnError
-from vizattn.layers import ConvNorm, LayerNorm, Linear
+from vizattn.layers import ConvNorm, LayerNorm, Linear, Mlp
 from vizattn.layers.conv_norm import fold_after
 
 from ._build import build, glyphs_cfg, imagenet_cfg

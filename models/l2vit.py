@@ -14,7 +14,6 @@ import torch
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
     trunc_normal_,
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from vizattn.attention import LinearAttention, LocalConcentration, WindowAttention
 from vizattn.errors import VizattnError
-from vizattn.layers import ConvNorm
+from vizattn.layers import ConvNorm, Mlp
 
 from ._build import build, glyphs_cfg, imagenet_cfg
 from ._checkpoint import Renames, check_fit, rename, unwrap

@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["VERSION", "load"]
 
 #: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
-VERSION = 6
+VERSION = 7
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow import assert_same, doubled, draw
 from threads import threads
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,23 +30,6 @@ from vizattn.attention.window import window_attention
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
 pytestmark = pytest.mark.skipif(native.library is None, reason="vizattn was installed without a C++ compiler")
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def assert_same(output: Tensor, expected: Tensor, inputs: list[Tensor], wide: list[Tensor]) -> None:
-    """Within what float32 loses, outputs and gradients."""
-    cotangent = draw(99, *expected.shape).detach()
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(output, inputs, cotangent)
-    for grad, expected_grad in zip(grads, torch.autograd.grad(expected, wide, cotangent.double())):
-        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=2e-5)
-
-
-def doubled(inputs: list[Tensor]) -> list[Tensor]:
-    return [x.detach().double().requires_grad_() for x in inputs]
 
 
 @st.composite
@@ -328,10 +312,9 @@ def _linear(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
 
 
 def _agents(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-    """Of two images, as agents of one with biases that learn are not the library's."""
+    """The agents are made of queries, as they are in a model."""
     bias = table.flatten(1).repeat(1, 6).view(1, 2, 5, 30)
-    query, key, value = (torch.cat([x, x.flip(2)]) for x in (query, key, value))
-    return agent_attention(query, key, value, query[:, :, ::6], bias, 2 * bias)[:1]
+    return agent_attention(query, key, value, query[:, :, ::6], bias, 2 * bias)
 
 
 def _windows(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:

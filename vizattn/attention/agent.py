@@ -20,9 +20,9 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.agent_native import attend_agents
 from vizattn.attention.eager import eager, transformed
 from vizattn.attention.native import usable
-from vizattn.attention.tiles_native import attend_tile
 from vizattn.errors import VizattnError
 
 __all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
@@ -70,8 +70,8 @@ def agent_attention(
 ) -> Tensor:
     """The agents collect values from the keys, and the queries from the agents; see `agent_weights`.
 
-    The maps are made where dropout acts on them; where a bias learns, which torch's fused kernels for the CPU do not
-    take, if there is no compiled library; and for a single image whose bias learns, where the library was slower.
+    The maps are made where dropout acts on them; and where a bias learns, which torch's fused kernels for the CPU do
+    not take, if there is no compiled library.
     Time is O((N + M) A C); memory O((N + M) C), and (N + M) A weights a head more where the maps are made.
 
     Args:
@@ -86,18 +86,27 @@ def agent_attention(
     Returns:
         (B, h, N, e).
     """
+    if dropout_p == 0 and not torch.jit.is_scripting() and _by_library(query, key, value, agents, key_bias, query_bias):
+        return attend_agents(query, key, value, agents, key_bias, query_bias, _by_maps)
     learning = torch.is_grad_enabled() and (
         (key_bias is not None and key_bias.requires_grad) or (query_bias is not None and query_bias.requires_grad)
     )
-    plain = dropout_p > 0 or (learning and query.shape[0] == 1)
-    if not torch.jit.is_scripting() and not plain and _by_library(query, key, value, agents, key_bias, query_bias):
-        scale = query.shape[-1] ** -0.5
-        collected = attend_tile(agents, key, value, None if key_bias is None else key_bias[0].transpose(-2, -1), scale)
-        return attend_tile(query, agents, collected, None if query_bias is None else query_bias[0], scale)
     if dropout_p == 0 and not learning and (torch.jit.is_scripting() or not transformed()):
         collected = F.scaled_dot_product_attention(agents, key, value, attn_mask=key_bias)
         query_bias = None if query_bias is None else query_bias.transpose(-2, -1).contiguous()
         return F.scaled_dot_product_attention(query, agents, collected, attn_mask=query_bias)
+    return _by_maps(query, key, value, agents, key_bias, query_bias, dropout_p)
+
+
+def _by_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    key_bias: Tensor | None,
+    query_bias: Tensor | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     over_keys, over_agents = agent_weights(query, key, agents, key_bias, query_bias)
     if dropout_p > 0:
         over_keys, over_agents = F.dropout(over_keys, dropout_p), F.dropout(over_agents, dropout_p)

@@ -27,9 +27,10 @@ def gradients_of(
     plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Those of `inputs`, by the derivatives of each operation of `plain`: for where `derived_again` holds."""
-    used = [x for x in inputs if x is not None and x.requires_grad]
-    with torch.enable_grad():
+    with torch.enable_grad():  # an input may be made of another, whose gradient is without what goes through this one
+        inputs = [None if x is None else x.view_as(x) for x in inputs]
         output = plain(*inputs)
+    used = [x for x in inputs if x is not None and x.requires_grad]
     grads = iter(torch.autograd.grad(output, used, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return tuple([next(grads) if x is not None and x.requires_grad else None for x in inputs])
 

@@ -2,6 +2,7 @@
 
 from vizattn.layers.conv_norm import ConvNorm, PooledNorm
 from vizattn.layers.linear import Linear, PointwiseConv
+from vizattn.layers.mlp import Mlp
 from vizattn.layers.transformer_block import LayerNorm, TransformerBlock
 
-__all__ = ["ConvNorm", "LayerNorm", "Linear", "PointwiseConv", "PooledNorm", "TransformerBlock"]
+__all__ = ["ConvNorm", "LayerNorm", "Linear", "Mlp", "PointwiseConv", "PooledNorm", "TransformerBlock"]

@@ -13,7 +13,7 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "PointwiseConv"]
+__all__ = ["Linear", "PointwiseConv", "in_inference"]
 
 #: From so many tokens on, oneDNN was as fast as MKL on an Intel CPU, too.
 MANY = 4096
@@ -30,7 +30,7 @@ def _mkl_is_faster() -> bool:
     return torch.backends.mkl.is_available() and "GenuineIntel" in maker
 
 
-def _in_inference(x: Tensor) -> bool:
+def in_inference(x: Tensor) -> bool:
     """Not while gradients are recorded, and not in compiled and exported graphs, which have the usual layer."""
     return (
         x.dtype == torch.float32
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if (
             input.ndim == 3
-            and _in_inference(input)
+            and in_inference(input)
             and (input.shape[0] * input.shape[1] >= MANY or not _mkl_is_faster())
         ):
             image = input.unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, N), channels last
@@ -87,7 +87,7 @@ class PointwiseConv(nn.Conv2d):
         """(B, in_channels, H, W) -> (B, out_channels, H, W), in the same layout."""
         if torch.jit.is_scripting():
             return F.conv2d(input, self.weight, self.bias)
-        if input.ndim == 4 and _in_inference(input) and _mkl_is_faster():
+        if input.ndim == 4 and in_inference(input) and _mkl_is_faster():
             weight = self.weight.flatten(1)
             if input.is_contiguous():
                 output = torch.matmul(weight, input.flatten(2)).unflatten(2, input.shape[2:])

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
+
+from vizattn.layers.mlp import Mlp
 
 __all__ = ["LayerNorm", "TransformerBlock"]
 

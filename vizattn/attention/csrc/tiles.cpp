@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "lanes.h"
+#include "scores.h"
 
 // As in tiles_native.py, where the tensors have their shapes. `*_step` are floats from an image, token and head to the next.
 struct Task {
@@ -19,57 +19,6 @@ struct Task {
 };
 
 namespace {
-
-// Scores (K, Q * L) of K keys: what their rows of `start` have from `lane` on, by e's logarithm, and products with
-// `by_channel` (channels, Q * L).
-template <int L, int Q, int K>
-INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *const *start,
-                  int64_t lane, float *out) {
-    typedef Lanes<L> V;
-    typename V::Float sum[K][Q];
-    for (int k = 0; k < K; k++)
-        for (int q = 0; q < Q; q++) {
-            sum[k][q] = typename V::Float{};
-            if (start) sum[k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
-        }
-    for (int64_t c = 0; c < channels; c++) {
-        typename V::Float query[Q];
-        for (int q = 0; q < Q; q++) query[q] = V::load(by_channel + (c * Q + q) * L);
-        for (int k = 0; k < K; k++)
-            for (int q = 0; q < Q; q++) sum[k][q] += query[q] * keys[k][c];
-    }
-    for (int k = 0; k < K; k++)
-        for (int q = 0; q < Q; q++) V::store(out + (k * Q + q) * L, sum[k][q]);
-}
-
-template <int L, int Q>
-INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
-                   const float *const *start, int64_t lane, float *out) {
-    constexpr int K = rows_at_once(L);
-    int64_t k = 0;
-    for (; k + K <= count; k += K, start = start ? start + K : nullptr)
-        score<L, Q, K>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
-    for (; k < count; k++, start = start ? start + 1 : nullptr)
-        score<L, Q, 1>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
-}
-
-// Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel
-// (channels, step), either if wanted.
-template <int L>
-INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t channels,
-                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel, int64_t step) {
-    typedef Lanes<L> V;
-    typedef typename V::Float Float;
-    for (int64_t c = 0; c < channels; c += L) {
-        Float part[L];
-        for (int l = 0; l < L; l++) part[l] = at[l] < 0 ? Float{} : V::load(rows + at[l] * row_step + c);
-        if (by_lane)
-            for (int l = 0; l < L; l++) V::store(by_lane + l * channels + c, part[l] * factors[l]);
-        if (!by_channel) continue;
-        V::turn(part);
-        for (int i = 0; i < L; i++) V::store(by_channel + (c + i) * step, part[i] * factors);
-    }
-}
 
 // What one thread works with.
 struct Room {
@@ -132,13 +81,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale, query_by_lane, nullptr);
         }
         scores<L, Q>(grad_by_channel, values, count, d, nullptr, 0, ds);
-        for (int q = 0; q < Q; q++) {
-            Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
-            for (int64_t k = q; k < count * Q; k += Q) mean += V::load(p + k * L) * V::load(ds + k * L);
-            mean *= share[q];
-            for (int64_t k = q; k < count * Q; k += Q)
-                V::store(ds + k * L, (V::load(ds + k * L) - mean) * V::load(p + k * L));
-        }
+        for (int q = 0; q < Q; q++) derive_softmax<L>(p + q * L, ds + q * L, W, count, share[q]);
         for (int64_t k = 0; t.d_bias && k < count; k++)
             for (int q = 0; q < Q; q++) {
                 float *to = room.d_biases[k] + lane + q * L;
@@ -201,7 +144,7 @@ void run(const Task &t, void (*one)(const Task &, int64_t, const Heads &, Room &
 }  // namespace
 
 extern "C" {
-int64_t version() { return 6; }  // of all tasks, as in compiled.py
+int64_t version() { return 7; }  // of all tasks, as in compiled.py
 void tiles_forward(const Task *task) { run(*task, chosen<false>(task->lanes)); }
 void tiles_backward(const Task *task) { run(*task, chosen<true>(task->lanes)); }
 }

@@ -1,0 +1,99 @@
+"""Agent attention by the compiled library: both of its softmaxes in one call, without maps of them in memory.
+
+Shapes: B images, N queries, M keys, A agents, h heads, d channels a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vizattn.attention import native
+from vizattn.attention.eager import derived_again, gradients_of
+
+__all__ = ["attend_agents"]
+
+#: AgentTask in agent.cpp: 16 tensors, steps of the 10 that have tokens, and 6 sizes.
+_TASK = native.layout(16, 10 * 3 + 6)
+
+
+def _sizes(query: Tensor, key: Tensor, agents: Tensor) -> tuple[int, ...]:
+    """Of the task: images, heads, queries, keys, agents, channels."""
+    return *query.shape[:3], key.shape[2], *agents.shape[2:]
+
+
+def _forward(tokens: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], kept: tuple[Tensor, ...]) -> Tensor:
+    """(B, h, N, d), one token after another in memory."""
+    query, key, _, agents = tokens
+    B, h, N, d = query.shape
+    out = query.new_empty(B, N, h, d).transpose(1, 2)
+    native.call(
+        "agent_forward",
+        _TASK,
+        d**-0.5,
+        *native.addresses(*tokens, *biases, None, out, *(kept or (None, None)), *(None,) * 6),
+        *native.steps(*tokens, out, *(None,) * 5),
+        *_sizes(query, key, agents),
+    )
+    return out
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        tokens, biases = inputs[:4], inputs[4:]
+        agents = tokens[3]
+        # What agents collect; and for each the number taken off its scores, and one over the sum of the exponentials.
+        kept = agents.new_empty(agents.shape), agents.new_empty(*agents.shape[:3], 2)
+        out = _forward(tokens, biases, kept)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.plain = plain
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, collected, norms = ctx.saved_tensors
+        if derived_again(grad):
+            with torch.autocast("cpu", enabled=False):
+                return None, *gradients_of(ctx.plain, inputs, grad)
+        tokens, grad = [native.side_by_side(x) for x in inputs[:4]], native.readable(grad)
+        biases = [None if bias is None else bias.contiguous() for bias in inputs[4:]]
+        kept = collected.contiguous(), norms.contiguous()
+        grads = [native.like(x) for x in tokens]
+        d_biases = [
+            torch.zeros_like(bias) if bias is not None and needed else None
+            for bias, needed in zip(biases, ctx.needs_input_grad[5:])
+        ]
+        native.call(
+            "agent_backward",
+            _TASK,
+            tokens[0].shape[-1] ** -0.5,
+            *native.addresses(*tokens, *biases, grad, None, *kept, *grads, *d_biases),
+            *native.steps(*tokens, None, *grads, grad),
+            *_sizes(tokens[0], tokens[1], tokens[3]),
+        )
+        return None, *grads, *d_biases
+
+
+def attend_agents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    key_bias: Tensor | None,
+    query_bias: Tensor | None,
+    plain: Callable[..., Tensor],
+) -> Tensor:
+    """What `plain` computes of the same: (B, h, N, d), (B, h, M, d) twice, (B, h, A, d), (1, h, A, M), (1, h, A, N)
+    -> (B, h, N, d).
+
+    It computes derivatives of derivatives, too.
+    """
+    query, key, value, agents = (native.side_by_side(x) for x in (query, key, value, agents))
+    key_bias, query_bias = (None if bias is None else bias.contiguous() for bias in (key_bias, query_bias))
+    if torch.is_grad_enabled():
+        return _Attend.apply(plain, query, key, value, agents, key_bias, query_bias)
+    return _forward((query, key, value, agents), (key_bias, query_bias), ())

@@ -1,0 +1,266 @@
+// Agent attention on a CPU, forward and backward: what agent_native.py calls.
+//
+// Agents collect from all keys, and all queries read from the agents. Both have one token in each lane of a vector, few
+// tokens at a time, each of which is read once; the agents, what they collect, and scores of a few tokens stay in the
+// first caches.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "scores.h"
+
+// As in agent_native.py, where the tensors have their shapes. `*_step` are floats from an image, head and token to the next.
+struct AgentTask {
+    float scale;
+    const float *query, *key, *value, *agents, *key_bias, *query_bias, *grad;
+    float *out, *collected, *norms, *d_query, *d_key, *d_value, *d_agents, *d_key_bias, *d_query_bias;
+    int64_t query_step[3], key_step[3], value_step[3], agents_step[3], out_step[3];
+    int64_t d_query_step[3], d_key_step[3], d_value_step[3], d_agents_step[3], grad_step[3];
+    int64_t images, heads, queries, keys, num_agents, channels, lanes, threads;
+};
+
+namespace {
+
+// What one thread works with: rows of agents for each of its heads, and what a few tokens need.
+struct AgentRoom {
+    std::unique_ptr<float[]> floats;
+    std::vector<const float *> rows, biases;
+    int64_t used = 0;
+
+    AgentRoom(const AgentTask &t, int64_t heads)
+        : floats(new float[heads * t.num_agents * (4 * t.channels + MOST_LANES + 2) +
+                           2 * MOST_LANES * (3 * t.num_agents + 3 * t.channels) + 32 * MOST_LANES]),
+          rows(t.num_agents), biases(t.num_agents) {}
+
+    // The next `count` floats, from where a vector may begin.
+    float *take(int64_t count) {
+        const uintptr_t bytes = sizeof(float) * MOST_LANES, at = reinterpret_cast<uintptr_t>(floats.get() + used);
+        float *part = floats.get() + used + (-at % bytes) / sizeof(float);
+        used = part + count - floats.get();
+        return part;
+    }
+};
+
+// Some heads of one image. Tokens are read for one head after the other, as all heads of a token may lie together.
+template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t image, const Heads &heads, AgentRoom &room) {
+    typedef Lanes<L> V;
+    typedef typename V::Float Float;
+    const int64_t d = t.channels, A = t.num_agents, size = A * d;
+    const auto of = [image](auto *x, const int64_t *step, int64_t head) INLINED {
+        return x + image * step[0] + head * step[1];
+    };
+    const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
+    const auto rows_of = [](const float *x, int64_t step) INLINED {
+        return [x, step](int64_t n) INLINED { return x + n * step; };
+    };
+    const auto add_to = [d](float *x) INLINED {
+        return [x, d](int64_t a, int64_t c) INLINED { return V::load(x + a * d + c); };
+    };
+    const auto back_to = [](float *x, int64_t step, float factor) INLINED {
+        return [x, step, factor](int64_t row, int64_t c, const Float &sum) INLINED { V::store(x + row * step + c, sum * factor); };
+    };
+    room.used = 0;
+    // For each head: agents times the scores' factors, what they collect, its gradient, and that of agents.
+    float *agents = room.take(heads.count * size), *collected = room.take(heads.count * size);
+    float *d_collected = room.take(heads.count * size), *d_agents = room.take(heads.count * size);
+    float *totals = room.take(heads.count * A * L), *tops = room.take(heads.count * A), *shares = room.take(heads.count * A);
+    float *p = room.take(2 * L * A), *ds = room.take(2 * L * A), *some_biases = room.take(2 * L * A);
+    float *by_channel = room.take(2 * L * d), *grad_by_channel = room.take(2 * L * d), *grad_by_lane = room.take(2 * L * d);
+
+    // A few tokens at a time, for each head: its number here and in all, the first token, how many, and their vectors.
+    const auto each = [&](int64_t tokens, const auto &one) INLINED {
+        for (int64_t n = 0; n < tokens; n += 2 * L)
+            for (int64_t i = 0; i < heads.count; i++) {
+                const int64_t places = std::min<int64_t>(2 * L, tokens - n);
+                if (places > L) one(i, heads.first + i, n, places, std::integral_constant<int, 2>());
+                else one(i, heads.first + i, n, places, std::integral_constant<int, 1>());
+            }
+    };
+    const auto to_channels = [&](auto vectors, const float *rows, int64_t step, int64_t places, const Float *factors,
+                                 float *lanes, float *channels) INLINED {
+        constexpr int Q = vectors;
+        for (int q = 0; q < Q; q++) {
+            int32_t at[L];
+            for (int l = 0; l < L; l++) at[l] = q * L + l < places ? q * L + l : -1;
+            take<L>(rows, step, at, d, factors ? factors[q] : Float{} + 1.0f, lanes ? lanes + q * L * d : nullptr,
+                    channels + q * L, Q * L);
+        }
+    };
+    // Scores (A, Q * L) of the tokens in `channels` and A rows, which begin with a bias (A, tokens) from n on if any.
+    const auto score_rows = [&](auto vectors, const float *channels, const float *rows, const float *bias, int64_t tokens,
+                                int64_t n, int64_t places, float *out) INLINED {
+        constexpr int Q = vectors, W = Q * L;
+        for (int64_t a = 0; a < A; a++) room.rows[a] = rows + a * d;
+        for (int64_t a = 0; bias && a < A; a++) {
+            room.biases[a] = bias + a * tokens + n;
+            if (places == W) continue;
+            std::copy_n(room.biases[a], places, some_biases + a * W);  // no number past a table's end is read
+            std::fill(some_biases + a * W + places, some_biases + (a + 1) * W, 0.0f);
+            room.biases[a] = some_biases + a * W;
+        }
+        scores<L, Q>(channels, room.rows.data(), A, d, bias ? room.biases.data() : nullptr, 0, out);
+    };
+    const auto bias_of = [A](auto *bias, int64_t head, int64_t tokens) INLINED {
+        return bias ? bias + head * A * tokens : nullptr;
+    };
+    const auto add_bias = [&](auto vectors, float *to, int64_t tokens, int64_t n, int64_t places) INLINED {
+        constexpr int W = vectors * L;
+        for (int64_t a = 0; to && a < A; a++) {
+            float *row = to + a * tokens + n;
+            int64_t l = 0;
+            for (; l + L <= places; l += L) V::store(row + l, V::load(row + l) + V::load(ds + a * W + l));
+            for (; l < places; l++) row[l] += ds[a * W + l];
+        }
+    };
+
+    for (int64_t i = 0; i < heads.count; i++) {
+        const float *from = of(t.agents, t.agents_step, heads.first + i);
+        for (int64_t a = 0; a < A; a++)
+            for (int64_t c = 0; c < d; c += L)
+                V::store(agents + i * size + a * d + c, V::load(from + a * t.agents_step[2] + c) * (t.scale * LOG2_E));
+    }
+    const int64_t unit = image * t.heads + heads.first;  // of what is kept for a backward pass
+
+    if (!backward) {
+        std::fill(collected, collected + heads.count * size, 0.0f);
+        std::fill(totals, totals + heads.count * A * L, 0.0f);
+        std::fill(tops, tops + heads.count * A, -3e38f);
+        each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t places, auto vectors) INLINED {
+            constexpr int Q = vectors, W = Q * L;
+            float *top = tops + i * A, *total = totals + i * A * L, *sum = collected + i * size;
+            to_channels(vectors, of(t.key, t.key_step, head) + n * t.key_step[2], t.key_step[2], places, nullptr, nullptr, by_channel);
+            score_rows(vectors, by_channel, agents + i * size, bias_of(t.key_bias, head, t.keys), t.keys, n, places, p);
+            for (int64_t a = 0; places < W && a < A; a++) std::fill(p + a * W + places, p + (a + 1) * W, -INFINITY);
+            // The exponentials are of what is left of `top`, which follows the greatest score where it must.
+            Float over = Float{} - INFINITY;
+            for (int64_t a = 0; a < A; a++)
+                for (int q = 0; q < Q; q++) {
+                    const Float x = V::load(p + a * W + q * L) - top[a];
+                    over = x > over ? x : over;
+                }
+            float most = over[0];
+            for (int l = 1; l < L; l++) most = std::max(most, over[l]);
+            for (int64_t a = 0; most > 60.0f && a < A; a++) {
+                Float highest = V::load(p + a * W);
+                for (int q = 1; q < Q; q++) {
+                    const Float x = V::load(p + a * W + q * L);
+                    highest = x > highest ? x : highest;
+                }
+                float higher = top[a];
+                for (int l = 0; l < L; l++) higher = std::max(higher, highest[l]);
+                const float factor = std::exp2(top[a] - higher);
+                top[a] = higher;
+                V::store(total + a * L, V::load(total + a * L) * factor);
+                for (int64_t c = 0; c < d; c += L) V::store(sum + a * d + c, V::load(sum + a * d + c) * factor);
+            }
+            for (int64_t a = 0; a < A; a++) {
+                Float part = V::load(total + a * L);
+                for (int q = 0; q < Q; q++) {
+                    Float x = V::load(p + a * W + q * L) - top[a];
+                    V::exp2(x);
+                    V::store(p + a * W + q * L, x);
+                    part += x;
+                }
+                V::store(total + a * L, part);
+            }
+            products<L>(p, 1, W, places, rows_of(of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2]), A, d,
+                        add_to(sum), back_to(sum, d, 1.0f));
+        });
+        for (int64_t a = 0; a < heads.count * A; a++) {
+            float total = 0.0f;
+            for (int l = 0; l < L; l++) total += totals[a * L + l];
+            for (int64_t c = 0; c < d; c++) collected[a * d + c] /= total;
+            if (t.norms) t.norms[(unit * A + a) * 2] = tops[a], t.norms[(unit * A + a) * 2 + 1] = 1.0f / total;
+        }
+        if (t.collected) std::copy_n(collected, heads.count * size, t.collected + unit * size);
+        each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t places, auto vectors) INLINED {
+            constexpr int Q = vectors, W = Q * L;
+            to_channels(vectors, of(t.query, t.query_step, head) + n * t.query_step[2], t.query_step[2], places, nullptr, nullptr,
+                        by_channel);
+            score_rows(vectors, by_channel, agents + i * size, bias_of(t.query_bias, head, t.queries), t.queries, n, places, p);
+            float share[W];
+            for (int q = 0; q < Q; q++) V::store(share + q * L, softmax<L>(p + q * L, W, A));
+            float *out = of(t.out, t.out_step, head) + n * t.out_step[2];
+            products<L>(p, W, 1, A, rows_of(collected + i * size, d), places, d, zero,
+                        [&](int64_t l, int64_t c, const Float &x) INLINED { V::store(out + l * t.out_step[2] + c, x * share[l]); });
+        });
+        return;
+    }
+
+    std::copy_n(t.collected + unit * size, heads.count * size, collected);
+    std::fill(d_collected, d_collected + heads.count * size, 0.0f);
+    std::fill(d_agents, d_agents + heads.count * size, 0.0f);
+    each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t places, auto vectors) INLINED {
+        constexpr int Q = vectors, W = Q * L;
+        const float *query = of(t.query, t.query_step, head) + n * t.query_step[2];
+        to_channels(vectors, query, t.query_step[2], places, nullptr, nullptr, by_channel);
+        score_rows(vectors, by_channel, agents + i * size, bias_of(t.query_bias, head, t.queries), t.queries, n, places, p);
+        Float share[Q];
+        for (int q = 0; q < Q; q++) share[q] = softmax<L>(p + q * L, W, A);
+        // The shares are given to the gradients of outputs, which are fewer than probabilities.
+        to_channels(vectors, of(t.grad, t.grad_step, head) + n * t.grad_step[2], t.grad_step[2], places, share, grad_by_lane,
+                    grad_by_channel);
+        score_rows(vectors, grad_by_channel, collected + i * size, nullptr, 0, 0, places, ds);
+        for (int q = 0; q < Q; q++) derive_softmax<L>(p + q * L, ds + q * L, W, A, share[q]);
+        add_bias(vectors, bias_of(t.d_query_bias, head, t.queries), t.queries, n, places);
+        products<L>(p, 1, W, places, rows_of(grad_by_lane, d), A, d, add_to(d_collected + i * size), back_to(d_collected + i * size, d, 1.0f));
+        products<L>(ds, 1, W, places, rows_of(query, t.query_step[2]), A, d, add_to(d_agents + i * size), back_to(d_agents + i * size, d, 1.0f));
+        products<L>(ds, W, 1, A, rows_of(agents + i * size, d), places, d, zero,
+                    back_to(of(t.d_query, t.d_query_step, head) + n * t.d_query_step[2], t.d_query_step[2], 1.0f / LOG2_E));
+    });
+    for (int64_t a = 0; a < heads.count * A; a++) {
+        Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
+        for (int64_t c = 0; c < d; c += L) mean += V::load(d_collected + a * d + c) * V::load(collected + a * d + c);
+        totals[a] = 0.0f;
+        for (int l = 0; l < L; l++) totals[a] += mean[l];
+        tops[a] = t.norms[(unit * A + a) * 2], shares[a] = t.norms[(unit * A + a) * 2 + 1];
+    }
+    each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t places, auto vectors) INLINED {
+        constexpr int Q = vectors, W = Q * L;
+        const float *key = of(t.key, t.key_step, head) + n * t.key_step[2];
+        to_channels(vectors, key, t.key_step[2], places, nullptr, nullptr, by_channel);
+        score_rows(vectors, by_channel, agents + i * size, bias_of(t.key_bias, head, t.keys), t.keys, n, places, p);
+        to_channels(vectors, of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2], places, nullptr, nullptr,
+                    grad_by_channel);
+        score_rows(vectors, grad_by_channel, d_collected + i * size, nullptr, 0, 0, places, ds);
+        for (int64_t a = 0; a < A; a++)
+            for (int q = 0; q < Q; q++) {
+                Float x = V::load(p + a * W + q * L) - tops[i * A + a];
+                V::exp2(x);
+                x *= shares[i * A + a];
+                V::store(p + a * W + q * L, x);
+                V::store(ds + a * W + q * L, x * (V::load(ds + a * W + q * L) - totals[i * A + a]));
+            }
+        add_bias(vectors, bias_of(t.d_key_bias, head, t.keys), t.keys, n, places);
+        products<L>(p, W, 1, A, rows_of(d_collected + i * size, d), places, d, zero,
+                    back_to(of(t.d_value, t.d_value_step, head) + n * t.d_value_step[2], t.d_value_step[2], 1.0f));
+        products<L>(ds, 1, W, places, rows_of(key, t.key_step[2]), A, d, add_to(d_agents + i * size), back_to(d_agents + i * size, d, 1.0f));
+        products<L>(ds, W, 1, A, rows_of(agents + i * size, d), places, d, zero,
+                    back_to(of(t.d_key, t.d_key_step, head) + n * t.d_key_step[2], t.d_key_step[2], 1.0f / LOG2_E));
+    });
+    for (int64_t i = 0; i < heads.count; i++) {
+        float *to = of(t.d_agents, t.d_agents_step, heads.first + i);
+        for (int64_t a = 0; a < A; a++)
+            for (int64_t c = 0; c < d; c += L)
+                V::store(to + a * t.d_agents_step[2] + c, V::load(d_agents + i * size + a * d + c) * t.scale);
+    }
+}
+
+COPIES(AgentTask, const Heads &, AgentRoom, work)
+
+void run(const AgentTask &t, void (*one)(const AgentTask &, int64_t, const Heads &, AgentRoom &)) {
+    // What is added to one table of biases' gradients is added by one thread; nothing else is shared.
+    const bool by_image = !t.d_key_bias && !t.d_query_bias;
+    const int64_t most = heads_at_once(by_image ? t.images : 1, t.heads, t.threads);
+    share_heads(by_image ? t.images : 1, t.heads, most, t.threads, [&] { return AgentRoom(t, most); },
+                [&](int64_t image, const Heads &heads, AgentRoom &room) {
+                    for (int64_t last = by_image ? image + 1 : t.images; image < last; image++) one(t, image, heads, room);
+                });
+}
+
+}  // namespace
+
+extern "C" {
+void agent_forward(const AgentTask *task) { run(*task, chosen<false>(task->lanes)); }
+void agent_backward(const AgentTask *task) { run(*task, chosen<true>(task->lanes)); }
+}

@@ -1,0 +1,71 @@
+// Scores with one token in each lane of a vector, to which the channels of other tokens are broadcast.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+// Scores (K, Q * L) of K keys: what their rows of `start` have from `lane` on, by e's logarithm, and products with
+// `by_channel` (channels, Q * L).
+template <int L, int Q, int K>
+INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *const *start,
+                  int64_t lane, float *out) {
+    typedef Lanes<L> V;
+    typename V::Float sum[K][Q];
+    for (int k = 0; k < K; k++)
+        for (int q = 0; q < Q; q++) {
+            sum[k][q] = typename V::Float{};
+            if (start) sum[k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
+        }
+    for (int64_t c = 0; c < channels; c++) {
+        typename V::Float query[Q];
+        for (int q = 0; q < Q; q++) query[q] = V::load(by_channel + (c * Q + q) * L);
+        for (int k = 0; k < K; k++)
+            for (int q = 0; q < Q; q++) sum[k][q] += query[q] * keys[k][c];
+    }
+    for (int k = 0; k < K; k++)
+        for (int q = 0; q < Q; q++) V::store(out + (k * Q + q) * L, sum[k][q]);
+}
+
+template <int L, int Q>
+INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
+                   const float *const *start, int64_t lane, float *out) {
+    constexpr int K = rows_at_once(L);
+    int64_t k = 0;
+    for (; k + K <= count; k += K, start = start ? start + K : nullptr)
+        score<L, Q, K>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
+    for (; k < count; k++, start = start ? start + 1 : nullptr)
+        score<L, Q, 1>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
+}
+
+// Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel
+// (channels, step), either if wanted.
+template <int L>
+INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t channels,
+                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel, int64_t step) {
+    typedef Lanes<L> V;
+    typedef typename V::Float Float;
+    for (int64_t c = 0; c < channels; c += L) {
+        Float part[L];
+        for (int l = 0; l < L; l++) part[l] = at[l] < 0 ? Float{} : V::load(rows + at[l] * row_step + c);
+        if (by_lane)
+            for (int l = 0; l < L; l++) V::store(by_lane + l * channels + c, part[l] * factors[l]);
+        if (!by_channel) continue;
+        V::turn(part);
+        for (int i = 0; i < L; i++) V::store(by_channel + (c + i) * step, part[i] * factors);
+    }
+}
+
+// Of `count` rows of exponentials, `step` floats apart, whose probabilities are `share` of them, and of their gradients
+// times `share`: in place of these, the gradients of the scores.
+template <int L>
+INLINE void derive_softmax(const float *rows, float *grads, int64_t step, int64_t count, const typename Lanes<L>::Float &share) {
+    typedef Lanes<L> V;
+    typename V::Float mean{};  // under the probabilities, which the softmax takes off
+    for (int64_t k = 0; k < count; k++) mean += V::load(rows + k * step) * V::load(grads + k * step);
+    mean *= share;
+    for (int64_t k = 0; k < count; k++)
+        V::store(grads + k * step, (V::load(grads + k * step) - mean) * V::load(rows + k * step));
+}
+
+}  // namespace
