@@ -280,7 +280,7 @@ def test_it_is_chosen_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> N
     with mock.patch.object(tiles, "attend_tiles", wraps=attend_tiles) as used:
         na2d(query, query, query, 3)
         assert used.call_count == 1
-        for other in (query.double(), query.bfloat16(), query[..., :8], query.to("meta")):
+        for other in (query.double(), query[..., :8], query.to("meta")):
             na2d(other, other, other, 3)
         for backend in ("tiled", "reference"):
             na2d(query, query, query, 3, backend=backend)
@@ -425,6 +425,20 @@ def test_types_under_autocast_and_no_keys() -> None:
         with native.unused():
             expected = agent_attention(*inputs)
         assert torch.equal(agent_attention(*inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_neighborhoods_of_narrow_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+    inputs = [draw(i, 2, 9, 8, 2, 16).detach().to(dtype).requires_grad_() for i in range(3)] + [draw(3, 2, 5, 5)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    cotangent = draw(4, 2, 9, 8, 2, 16).detach().to(dtype)
+    output, expected = na2d(*inputs[:3], 3, rpb=inputs[3]), na2d(*wide[:3], 3, rpb=wide[3])
+    assert torch.equal(output, expected.to(dtype))
+    grads = torch.autograd.grad(output, inputs, cotangent)
+    for x, grad, right in zip(inputs, grads, torch.autograd.grad(expected, wide, cotangent.float())):
+        assert torch.equal(grad, right.to(x.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(na2d(*inputs[:3], 3, rpb=inputs[3]), output)
 
 
 @pytest.mark.parametrize("function", [_linear, _windows, _agents])

@@ -64,6 +64,16 @@ def test_against_an_older_result(capsys: pytest.CaptureFixture[str]) -> None:
         assert "products alone" not in printed.partition("Against old.csv:")[2]  # what others' times do is not told
 
 
+def test_nothing_is_measured_where_nothing_could_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    for other in (("--threads", "2"), ("--batch", "2"), ("--only", "softmax")):
+        capsys.readouterr()
+        assert run("--against", "work_dirs/bench/ops.csv", "--out", "new", *other) == 2
+        printed = capsys.readouterr()
+        assert "has no case of ours in common with this run of ops" in printed.err and not printed.out
+    assert not Path("new").exists()
+
+
 def test_a_failure_of_ours_is_not_passed_over(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

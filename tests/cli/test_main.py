@@ -87,8 +87,9 @@ def test_version_tells_why_attention_is_not_compiled(
     junk = copied / "attention" / f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     junk.write_bytes(b"not a library")
     assert end_of_versions(capsys) == f"out compiled attention: {junk.name} is not a library for this system"
-    monkeypatch.setenv("VIZATTN_NATIVE", "0")
-    assert end_of_versions(capsys) == "out compiled attention: VIZATTN_NATIVE=0 in the environment"
+    for off in ("0", "false", "No", "OFF"):
+        monkeypatch.setenv("VIZATTN_NATIVE", off)
+        assert end_of_versions(capsys) == f"out compiled attention: VIZATTN_NATIVE={off} in the environment"
 
 
 @pytest.mark.skipif(native.library is None, reason="vizattn was installed without a C++ compiler")
@@ -102,6 +103,16 @@ def test_version_tells_whether_the_compiled_library_is_of_this_one(
     newer = compiled.VERSION + 1
     (copied / "compiled.py").write_text(re.sub(r"^VERSION = \d+$", f"VERSION = {newer}", source, flags=re.M))
     assert f"out compiled attention: compiled for another version of vizattn: {newer - 1}" in end_of_versions(capsys)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or native.library is None, reason="a compiled library of Linux")
+def test_a_library_that_was_cut_off_is_not_loaded(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert native.library is not None
+    whole = Path(native.library._name).read_bytes()
+    library = copied / "attention" / Path(native.library._name).name
+    for length in (0, 20, 70, 4096, len(whole) // 2, len(whole) - 1):
+        library.write_bytes(whole[:length])
+        assert end_of_versions(capsys).startswith(f"out compiled attention: {library.name} is ")
 
 
 def test_each_subcommand_has_its_module() -> None:

@@ -51,22 +51,19 @@ def unused() -> Iterator[None]:
         library = before
 
 
-def takes(*tokens: Tensor) -> bool:
-    """Whether queries, keys and values, each (..., channels), are what the library computes with."""
-    for x in tokens:
-        if not x.is_cpu or x.dtype is not torch.float32 or not x.shape[-1] or x.shape[-1] % LANES:
-            return False
-    return True
+def takes(*tokens: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether queries, keys and values, each (..., channels), are what the library computes with, of this type."""
+    return all(x.is_cpu and x.dtype is dtype and x.shape[-1] > 0 and x.shape[-1] % LANES == 0 for x in tokens)
 
 
-def usable(*tokens: Tensor) -> bool:
+def usable(*tokens: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the library is there for queries, keys and values, each (..., channels), for which `eager` holds.
 
     What looks on while torch works, such as compilers and counters of operations, cannot see it.
     """
     if torch.compiler.is_compiling() or library is None or torch._C._len_torch_dispatch_stack():
         return False
-    return takes(*tokens)
+    return takes(*tokens, dtype=dtype)
 
 
 def side_by_side(x: Tensor) -> Tensor:

@@ -244,6 +244,9 @@ def _attend_fast(rpb: Tensor | None, windows: tuple[Axis, ...], scale: float, ba
     """By tiles, or all at once where the map is small; torch's kernel for that has no gradient of biases."""
     if backend in ("auto", "native") and native.usable(*tokens):
         return attend_neighborhoods(rpb, windows, scale, *tokens)
+    dtype = tokens[0].dtype
+    if backend == "auto" and dtype in (torch.bfloat16, torch.float16) and native.usable(*tokens, dtype=dtype):
+        return attend_neighborhoods(rpb, windows, scale, *[x.float() for x in tokens]).to(dtype)
     N = math.prod(axis.length for axis in windows)
     small = backend != "tiled" and N <= DENSE_TOKENS and DENSE_RATIO * tile_scores(windows) >= N * N
     if not small or (rpb is not None and rpb.requires_grad and torch.is_grad_enabled()):

@@ -73,10 +73,29 @@ def run(args: argparse.Namespace) -> int:
         if args.list:
             print(columns([_plan(case) for cases in planned.values() for case in cases]))
             return 0
+        if args.against:
+            _check_shared([case for cases in planned.values() for case in cases], old, args)
         with explain_disk_errors(out, "choose another folder with --out"):
             prepare_folder(out)
             context = context_here(_command(args))
             return max([_group(group, cases, args, context, old) for group, cases in planned.items()])
+
+
+def _check_shared(cases: Sequence[Case], old: Sequence[Row], args: argparse.Namespace) -> None:
+    """Before hours of measuring: is there something of ours in each group to compare?"""
+    from vizattn.errors import VizattnError
+
+    for group in args.groups:
+        asked = {(*case.comparison, case.name, case.variant, args.threads) for case in cases if case.ours}
+        measured = {
+            (row.group, row.subject, row.mode, str(row.batch), row.size, row.dtype, row.name, row.variant, row.threads)
+            for row in old
+        }
+        if not any(case[0] == group for case in asked & measured):
+            raise VizattnError(
+                f"{args.against} has no case of ours in common with this run of {group}: take the options in its "
+                "column `command`; --list shows what would be measured."
+            )
 
 
 def _group(
