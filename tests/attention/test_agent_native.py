@@ -90,3 +90,22 @@ def test_biases_of_many_agents_and_images_have_exact_gradients() -> None:
 
     for grad, expected in zip(grads(tokens, biases), grads(doubled(tokens), doubled(biases))):
         assert (grad - expected).norm() < 2e-5 * expected.norm()
+
+
+def test_very_low_biases_hide_nothing_if_all_have_them() -> None:
+    tokens = [draw(i, 1, 2, n, 16) for i, n in enumerate((40, 40, 40, 9))]
+    biases = [torch.zeros(1, 2, 9, 40) for _ in range(2)]
+    biases[0][:, :, 3], biases[1][..., 7] = -1.9e38, -1.9e38
+    with native.unused():
+        expected = agent_attention(*tokens, *biases)
+    torch.testing.assert_close(agent_attention(*tokens, *biases), expected, rtol=1e-5, atol=1e-5)
+    assert expected.isfinite().all()
+
+
+def test_large_values_do_not_overflow_where_the_greatest_score_comes_late() -> None:
+    query, key, value, agents = (draw(i, 1, 1, n, 16).detach() for i, n in enumerate((400, 400, 400, 9)))
+    bias = torch.zeros(1, 1, 9, 400)
+    bias[..., 64:] = 13.0
+    output = agent_attention(query, key, value * 1e28, agents, bias)
+    expected = agent_attention(query.double(), key.double(), value.double() * 1e28, agents.double(), bias.double())
+    torch.testing.assert_close(output / 1e28, (expected / 1e28).float(), rtol=1e-5, atol=1e-5)

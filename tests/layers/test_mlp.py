@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -9,9 +10,11 @@ import timm.layers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
-from vizattn.layers import Mlp, mlp
+from vizattn.layers import Linear, Mlp, linear, mlp
 
 
 def pair() -> tuple[Mlp, timm.layers.Mlp]:
@@ -22,12 +25,12 @@ def pair() -> tuple[Mlp, timm.layers.Mlp]:
 
 
 def parts_of(layer: Mlp, x: Tensor) -> list[int]:
-    """The number of tokens of each part that passes through the first layer."""
+    """The number of tokens of each part that passes."""
     seen: list[int] = []
-    first = layer.fc1.forward
+    whole = Mlp._pass
     with (
         mock.patch.object(mlp, "AT_ONCE", 40),
-        mock.patch.object(layer.fc1, "forward", lambda x: seen.append(x.shape[:-1].numel()) or first(x)),
+        mock.patch.object(Mlp, "_pass", lambda self, x: seen.append(x.shape[:-1].numel()) or whole(self, x)),
     ):
         layer(x)
     return seen
@@ -50,22 +53,65 @@ def test_few_tokens_pass_at_a_time() -> None:
         assert parts_of(layer, torch.randn(10, 6)) == [10]
 
 
-@pytest.mark.parametrize("reason", ["gradients", "training", "hook", "norm", "type", "layer"])
-def test_all_at_once_where_parts_could_be_seen(reason: str) -> None:
+class Quantised(nn.Linear):
+    """A layer whose numbers depend on those of all tokens."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        step = input.abs().max() / 7
+        return super().forward((input / step).round() * step)
+
+
+def _with(name: str, module: nn.Module) -> Callable[[Mlp], None]:
+    return lambda layer: setattr(layer, name, module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.drop1.train(),
+        lambda layer: layer.double(),
+        lambda layer: layer.act.register_forward_hook(lambda *_: None),
+        lambda layer: layer.fc1.register_forward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer.fc1, "forward", layer.fc1.forward),
+        _with("norm", nn.LayerNorm(10)),
+        _with("fc1", Quantised(6, 10)),
+        _with("fc2", nn.Sequential(nn.Linear(10, 7))),
+        _with("act", nn.Sequential(nn.GELU())),
+        _with("drop2", nn.Softmax(dim=1)),
+    ],
+)
+def test_all_at_once_where_parts_could_be_seen(change: Callable[[Mlp], object]) -> None:
+    layer, _ = pair()
+    change(layer)
+    with torch.no_grad():
+        assert parts_of(layer, torch.randn(2, 5, 6).to(next(layer.parameters()).dtype)) == [10]
+
+
+def test_all_at_once_where_somebody_looks_on() -> None:
     layer, _ = pair()
     x = torch.randn(2, 5, 6)
-    if reason == "training":
-        layer.train()
-    elif reason == "hook":
-        layer.act.register_forward_hook(lambda *_: None)
-    elif reason == "norm":
-        layer.norm = torch.nn.LayerNorm(10)
-    elif reason == "type":
-        layer, x = layer.double(), x.double()
-    elif reason == "layer":  # as adapters put in the place of linear layers
-        layer.fc2 = torch.nn.Sequential(layer.fc2)
-    with torch.set_grad_enabled(reason == "gradients"):
+    assert parts_of(layer, x) == [10]
+    with torch.no_grad():
+        with FlopCounterMode(display=False):
+            assert parts_of(layer, x) == [10]
+        hook = register_module_forward_hook(lambda *_: None)
         assert parts_of(layer, x) == [10]
+        hook.remove()
+        assert len(parts_of(layer, x)) == 3
+
+
+def test_many_tokens_of_a_part_are_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of ours, in the place of linear ones, get tokens as they would without parts."""
+    layer, theirs = pair()
+    layer.fc1, layer.fc2 = Linear(6, 10), Linear(10, 7)
+    layer.load_state_dict(theirs.state_dict())
+    monkeypatch.setattr(linear, "MANY", 3)
+    monkeypatch.setattr(mlp, "AT_ONCE", 40)
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad(), mock.patch.object(torch.nn.functional, "conv2d", wraps=torch.nn.functional.conv2d) as used:
+        torch.testing.assert_close(layer.eval()(x), theirs(x))
+    assert used.call_count == 6
 
 
 def test_scripted_and_traced_it_is_the_same() -> None:

@@ -79,8 +79,8 @@ def agent_attention(
         key: (B, h, M, d).
         value: (B, h, M, e).
         agents: (B, h, A, d).
-        key_bias: (B or 1, h or 1, A, M), finite for some key of each agent.
-        query_bias: (B or 1, h or 1, A, N), finite for some agent of each query.
+        key_bias: (B or 1, h or 1, A, M), above -2e38 for some key of each agent.
+        query_bias: (B or 1, h or 1, A, N), above -2e38 for some agent of each query.
         dropout_p: Share of the weights of either map set to zero.
 
     Returns:
@@ -125,7 +125,8 @@ def _by_library(
     (B, h, N, d), M, A = query.shape, key.shape[2], agents.shape[2]
     alike = key.shape == value.shape == (B, h, M, d) and agents.shape == (B, h, A, d) and M > 0 and A > 0
     for bias, keys in ((key_bias, M), (query_bias, N)):
-        alike = alike and (bias is None or (bias.dtype, bias.shape) == (query.dtype, (1, h, A, keys)))
+        of_bias = None if bias is None else (bias.device, bias.layout, bias.dtype, bias.shape)
+        alike = alike and of_bias in (None, (query.device, query.layout, query.dtype, (1, h, A, keys)))
     return alike
 
 

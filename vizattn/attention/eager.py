@@ -41,7 +41,7 @@ def eager(*tensors: Tensor | None) -> bool:
     Compilers, exporters, torch.func and forward mode must see plain operations; what tracers hand in are often
     subclasses, and tensors on the meta device are there to be counted.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or transformed():
         return False
     forward_mode = forward_ad._current_level >= 0
     for x in tensors:

@@ -53,7 +53,11 @@ def unused() -> Iterator[None]:
 
 def takes(*tokens: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether queries, keys and values, each (..., channels), are what the library computes with, of this type."""
-    return all(x.is_cpu and x.dtype is dtype and x.shape[-1] > 0 and x.shape[-1] % LANES == 0 for x in tokens)
+    for x in tokens:
+        channels = x.shape[-1]
+        if not channels or channels % LANES or x.dtype is not dtype or not x.is_cpu:
+            return False
+    return True
 
 
 def usable(*tokens: Tensor, dtype: torch.dtype = torch.float32) -> bool:

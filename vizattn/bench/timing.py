@@ -103,7 +103,7 @@ def time_together(
         except Unavailable as reason:
             found[i].note = str(reason)
         except Exception as error:  # each library fails in its own way; the others are still of interest
-            found[i].note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            found[i].note = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     product = _matrix_product(cases[0].dtype) if cases[0].arithmetic else None
     products: list[float] = []
     order = list(repeats)

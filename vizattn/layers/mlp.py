@@ -3,13 +3,16 @@
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
-from vizattn.layers.linear import in_inference
+from vizattn.layers.linear import Linear, in_inference
 
 __all__ = ["Mlp"]
 
 #: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
 AT_ONCE = 1 << 22
+
+_BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity)
 
 
 class Mlp(timm.layers.Mlp):
@@ -20,8 +23,8 @@ class Mlp(timm.layers.Mlp):
         parts = 1 if torch.jit.is_scripting() else self._parts(x)
         if parts == 1:
             return self._pass(x)
-        outputs = [self._pass(part) for part in x.flatten(0, 1).tensor_split(parts)]
-        return torch.cat(outputs).unflatten(0, x.shape[:2])
+        outputs = [self._pass(part) for part in x.flatten(0, 1).unsqueeze(0).tensor_split(parts, dim=1)]
+        return torch.cat(outputs, dim=1).squeeze(0).unflatten(0, x.shape[:2])
 
     def _pass(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.fc1(x)))
@@ -29,16 +32,19 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _parts(self, x: Tensor) -> int:
-        """Several where tokens are many, and nothing but the result can be seen from outside."""
-        if not isinstance(x, Tensor) or self.training or x.ndim != 3 or not in_inference(x):
+        """Several where tokens are many, no layer mixes them, and nothing but the result can be seen from outside."""
+        if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.ndim != 3 or not in_inference(x):
             return 1
         layers = [self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2]
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+        if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
             return 1
-        if (
-            not isinstance(self.fc1, nn.Linear)
-            or not isinstance(self.fc2, nn.Linear)
-            or type(self.norm) is not nn.Identity
-        ):
-            return 1
-        return -(-x.shape[:2].numel() * self.fc1.out_features // AT_ONCE)
+        hidden: int = x.shape[:2].numel() * self.fc1.out_features  # type: ignore[assignment, operator]
+        return max(1, -(-hidden // AT_ONCE))
+
+
+def _by_token(layer: nn.Module) -> bool:
+    """Whether it is one of those that are known to do the same to each token, and neither changed nor watched."""
+    if type(layer) not in _BY_TOKEN or layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        return False
+    return not (isinstance(layer, nn.Dropout) and layer.training)

@@ -50,14 +50,17 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         return x + image * step[0] + head * step[1];
     };
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
-    const auto rows_of = [](const float *x, int64_t step) INLINED {
-        return [x, step](int64_t n) INLINED { return x + n * step; };
+    // To the agents' rows of `to`, weights (A, W) times rows of tokens.
+    const auto collect = [&](const float *weights, int64_t W, int64_t places, const float *rows, int64_t step, float *to) INLINED {
+        products<L>(weights, 1, W, places, rows_of(rows, step), A, d,
+                    [&](int64_t a, int64_t c) INLINED { return V::load(to + a * d + c); },
+                    [&](int64_t a, int64_t c, const Float &sum) INLINED { V::store(to + a * d + c, sum); });
     };
-    const auto add_to = [d](float *x) INLINED {
-        return [x, d](int64_t a, int64_t c) INLINED { return V::load(x + a * d + c); };
-    };
-    const auto back_to = [](float *x, int64_t step, float factor) INLINED {
-        return [x, step, factor](int64_t row, int64_t c, const Float &sum) INLINED { V::store(x + row * step + c, sum * factor); };
+    // The agents' rows times weights (A, W), times `factor`, for the tokens of `to`.
+    const auto spread = [&](const float *weights, int64_t W, int64_t places, const float *rows, float factor, float *to,
+                            int64_t step) INLINED {
+        products<L>(weights, W, 1, A, rows_of(rows, d), places, d, zero,
+                    [&](int64_t l, int64_t c, const Float &sum) INLINED { V::store(to + l * step + c, sum * factor); });
     };
     room.used = 0;
     // For each head: agents times the scores' factors, what they collect, its gradient, and that of agents.
@@ -100,6 +103,9 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         }
         scores<L, Q>(channels, room.rows.data(), A, d, bias ? room.biases.data() : nullptr, 0, out);
     };
+    const auto hide = [&](int64_t places, int64_t W) INLINED {  // lanes without a token
+        for (int64_t a = 0; places < W && a < A; a++) std::fill(p + a * W + places, p + (a + 1) * W, -INFINITY);
+    };
     const auto bias_of = [A](auto *bias, int64_t head, int64_t tokens) INLINED {
         return bias ? bias + head * A * tokens : nullptr;
     };
@@ -130,7 +136,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
             float *top = tops + i * A, *total = totals + i * A * L, *sum = collected + i * size;
             to_channels(vectors, of(t.key, t.key_step, head) + n * t.key_step[2], t.key_step[2], places, nullptr, nullptr, by_channel);
             score_rows(vectors, by_channel, agents + i * size, bias_of(t.key_bias, head, t.keys), t.keys, n, places, p);
-            for (int64_t a = 0; places < W && a < A; a++) std::fill(p + a * W + places, p + (a + 1) * W, -INFINITY);
+            hide(places, W);
             // The exponentials are of what is left of `top`, which follows the greatest score where it must.
             Float over = Float{} - INFINITY;
             for (int64_t a = 0; a < A; a++)
@@ -140,7 +146,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                 }
             float most = over[0];
             for (int l = 1; l < L; l++) most = std::max(most, over[l]);
-            for (int64_t a = 0; most > 60.0f && a < A; a++) {
+            for (int64_t a = 0; most > 20.0f && a < A; a++) {
                 Float highest = V::load(p + a * W);
                 for (int q = 1; q < Q; q++) {
                     const Float x = V::load(p + a * W + q * L);
@@ -163,8 +169,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                 }
                 V::store(total + a * L, part);
             }
-            products<L>(p, 1, W, places, rows_of(of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2]), A, d,
-                        add_to(sum), back_to(sum, d, 1.0f));
+            collect(p, W, places, of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2], sum);
         });
         for (int64_t a = 0; a < heads.count * A; a++) {
             float total = 0.0f;
@@ -203,10 +208,10 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         score_rows(vectors, grad_by_channel, collected + i * size, nullptr, 0, 0, places, ds);
         for (int q = 0; q < Q; q++) derive_softmax<L>(p + q * L, ds + q * L, W, A, share[q]);
         add_bias(vectors, bias_of(t.d_query_bias, head, t.queries), t.queries, n, places);
-        products<L>(p, 1, W, places, rows_of(grad_by_lane, d), A, d, add_to(d_collected + i * size), back_to(d_collected + i * size, d, 1.0f));
-        products<L>(ds, 1, W, places, rows_of(query, t.query_step[2]), A, d, add_to(d_agents + i * size), back_to(d_agents + i * size, d, 1.0f));
-        products<L>(ds, W, 1, A, rows_of(agents + i * size, d), places, d, zero,
-                    back_to(of(t.d_query, t.d_query_step, head) + n * t.d_query_step[2], t.d_query_step[2], 1.0f / LOG2_E));
+        collect(p, W, places, grad_by_lane, d, d_collected + i * size);
+        collect(ds, W, places, query, t.query_step[2], d_agents + i * size);
+        spread(ds, W, places, agents + i * size, 1.0f / LOG2_E, of(t.d_query, t.d_query_step, head) + n * t.d_query_step[2],
+               t.d_query_step[2]);
     });
     for (int64_t a = 0; a < heads.count * A; a++) {
         Float mean = Float{};  // of the scores' gradients under the probabilities, which the softmax takes off
@@ -220,6 +225,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         const float *key = of(t.key, t.key_step, head) + n * t.key_step[2];
         to_channels(vectors, key, t.key_step[2], places, nullptr, nullptr, by_channel);
         score_rows(vectors, by_channel, agents + i * size, bias_of(t.key_bias, head, t.keys), t.keys, n, places, p);
+        hide(places, W);
         to_channels(vectors, of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2], places, nullptr, nullptr,
                     grad_by_channel);
         score_rows(vectors, grad_by_channel, d_collected + i * size, nullptr, 0, 0, places, ds);
@@ -232,11 +238,11 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                 V::store(ds + a * W + q * L, x * (V::load(ds + a * W + q * L) - totals[i * A + a]));
             }
         add_bias(vectors, bias_of(t.d_key_bias, head, t.keys), t.keys, n, places);
-        products<L>(p, W, 1, A, rows_of(d_collected + i * size, d), places, d, zero,
-                    back_to(of(t.d_value, t.d_value_step, head) + n * t.d_value_step[2], t.d_value_step[2], 1.0f));
-        products<L>(ds, 1, W, places, rows_of(key, t.key_step[2]), A, d, add_to(d_agents + i * size), back_to(d_agents + i * size, d, 1.0f));
-        products<L>(ds, W, 1, A, rows_of(agents + i * size, d), places, d, zero,
-                    back_to(of(t.d_key, t.d_key_step, head) + n * t.d_key_step[2], t.d_key_step[2], 1.0f / LOG2_E));
+        spread(p, W, places, d_collected + i * size, 1.0f, of(t.d_value, t.d_value_step, head) + n * t.d_value_step[2],
+               t.d_value_step[2]);
+        collect(ds, W, places, key, t.key_step[2], d_agents + i * size);
+        spread(ds, W, places, agents + i * size, 1.0f / LOG2_E, of(t.d_key, t.d_key_step, head) + n * t.d_key_step[2],
+               t.d_key_step[2]);
     });
     for (int64_t i = 0; i < heads.count; i++) {
         float *to = of(t.d_agents, t.d_agents_step, heads.first + i);

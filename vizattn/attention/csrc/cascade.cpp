@@ -106,9 +106,6 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
     const int64_t run = width == t.width ? N : width;  // positions that are neighbours in memory
     float *part = room.part.data(), *query = room.qkv.data(), *key = query + K * P, *value = key + K * P;
     float *weights = room.weights.data(), *by_place = room.by_place.data();
-    const auto rows = [](const float *x, int64_t step) INLINED {
-        return [x, step](int64_t n) INLINED { return x + n * step; };
-    };
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
 
     for (int64_t head = 0; head < t.heads; head++) {
@@ -126,7 +123,7 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
                     }
                 });
             }
-        products<L>(t.layers[head].qkv.weight, 1, c, c, rows(part, P), 2 * K + c, P, zero,
+        products<L>(t.layers[head].qkv.weight, 1, c, c, rows_of(part, P), 2 * K + c, P, zero,
                     [&](int64_t o, int64_t n, const Float &x) INLINED {
                         V::store(query + o * P + n, x * folded.qkv.scale[o] + folded.qkv.shift[o]);
                     });
@@ -178,11 +175,11 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
                 const float *from = &room.biases[std::abs(y - n / width) * step + width - 1 - n % width];
                 for (int64_t x = 0; x < width; x += L) V::store(weights + n * P + y * width + x, V::load(from + x));
             }
-        products<L>(key, P, 1, K, rows(query, P), N, P,
+        products<L>(key, P, 1, K, rows_of(query, P), N, P,
                     [&](int64_t k, int64_t n) INLINED { return V::load(weights + k * P + n); },
                     [&](int64_t k, int64_t n, const Float &x) INLINED { V::store(weights + k * P + n, x); });
         for (int64_t n = 0; n < N; n += L) V::store(&room.shares[n], softmax<L>(weights + n, P, N));
-        products<L>(value, 1, P, N, rows(weights, P), c, P, zero, [&](int64_t channel, int64_t n, const Float &x) INLINED {
+        products<L>(value, 1, P, N, rows_of(weights, P), c, P, zero, [&](int64_t channel, int64_t n, const Float &x) INLINED {
             V::store(part + channel * P + n, x * V::load(&room.shares[n]));
         });
         for (int64_t channel = 0; channel < c; channel++)

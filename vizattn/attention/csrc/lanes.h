@@ -130,6 +130,11 @@ template <int L> INLINE typename Lanes<L>::Float softmax(float *rows, int64_t st
     return 1.0f / total;
 }
 
+// For `product`: rows that are `step` floats apart.
+INLINE auto rows_of(const float *first, int64_t step) {
+    return [first, step](int64_t n) INLINED { return first + n * step; };
+}
+
 // Sums of C vectors of channels, from `first` on, of K rows: over n of weights (n, K) times the row in(n). The steps are
 // floats from one n, or row, to the next. A sum begins with start(row, channel) and goes to end(row, channel, sum).
 template <int L, int K, int C, class In, class Start, class End>

@@ -61,9 +61,6 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         return part < 0.0f ? Float{} : part;
     };
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
-    const auto rows = [](const float *x, int64_t step) INLINED {
-        return [x, step](int64_t n) INLINED { return x + n * step; };
-    };
     const auto store = [](float *x, int64_t step) INLINED {
         return [x, step](int64_t row, int64_t c, const Float &sum) INLINED { V::store(x + row * step + c, sum); };
     };
@@ -100,7 +97,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
                 }
                 V::store(sums + i * d + c, V::load(sums + i * d + c) + sum);
             }
-            add_products(count, rows(at(t.value, t.value_step, head, n), t.value_step[2]), context + i * size);
+            add_products(count, rows_of(at(t.value, t.value_step, head, n), t.value_step[2]), context + i * size);
         });
         for (int64_t i = 0; i < heads.count; i++)
             for (int64_t j = 0; j < size; j++) mixer[i * size + j] = context[i * size + j] * temperature(heads.first + i);
@@ -116,7 +113,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             share_of(found, count, shares);
             if (t.totals) std::copy_n(found, count, t.totals + (unit + i) * t.queries + n);
             float *out = at(t.out, t.out_step, head, n);
-            products<L>(tokens, 1, d, d, rows(mixer + i * size, e), count, e, zero,
+            products<L>(tokens, 1, d, d, rows_of(mixer + i * size, e), count, e, zero,
                         [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(out + k * t.out_step[2] + c, x * shares[k]); });
         });
         return;
@@ -149,13 +146,13 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             }
             V::store(d_sums + i * d + c, V::load(d_sums + i * d + c) + sum);
         }
-        products<L>(grads, 1, e, e, rows(turned + i * size, d), count, d,
+        products<L>(grads, 1, e, e, rows_of(turned + i * size, d), count, d,
                     [&](int64_t k, int64_t c) INLINED { return V::load(sums + c) * d_totals[k]; },
                     [&](int64_t k, int64_t c, const Float &x) INLINED {
                         const Float gate = V::load(tokens + k * d + c);
                         V::store(d_query + k * t.d_query_step[2] + c, gate > 0.0f ? x : Float{});
                     });
-        add_products(count, rows(grads, e), mixer + i * size);
+        add_products(count, rows_of(grads, e), mixer + i * size);
     });
     for (int64_t i = 0; i < heads.count; i++) {
         float *d_mixer = mixer + i * size, sum = 0.0f;
@@ -169,13 +166,13 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         float *d_key = at(t.d_key, t.d_key_step, head, n);
         for (int64_t k = 0; k < count; k++)
             for (int64_t c = 0; c < d; c += L) V::store(tokens + k * d + c, positive(key + k * t.key_step[2] + c));
-        products<L>(at(t.value, t.value_step, head, n), 1, t.value_step[2], e, rows(turned + i * size, d), count, d,
+        products<L>(at(t.value, t.value_step, head, n), 1, t.value_step[2], e, rows_of(turned + i * size, d), count, d,
                     [&](int64_t, int64_t c) INLINED { return V::load(d_sums + i * d + c); },
                     [&](int64_t k, int64_t c, const Float &x) INLINED {
                         const Float gate = V::load(tokens + k * d + c);
                         V::store(d_key + k * t.d_key_step[2] + c, gate > 0.0f ? x : Float{});
                     });
-        products<L>(tokens, 1, d, d, rows(mixer + i * size, e), count, e, zero,
+        products<L>(tokens, 1, d, d, rows_of(mixer + i * size, e), count, e, zero,
                     store(at(t.d_value, t.d_value_step, head, n), t.d_value_step[2]));
     });
 }
