@@ -27,10 +27,10 @@ def pair() -> tuple[Mlp, timm.layers.Mlp]:
 def parts_of(layer: Mlp, x: Tensor) -> list[int]:
     """The number of tokens of each part that passes."""
     seen: list[int] = []
-    whole = Mlp._pass
+    whole = mlp._pass
     with (
         mock.patch.object(mlp, "AT_ONCE", 40),
-        mock.patch.object(Mlp, "_pass", lambda self, x: seen.append(x.shape[:-1].numel()) or whole(self, x)),
+        mock.patch.object(mlp, "_pass", lambda self, x: seen.append(x.shape[:-1].numel()) or whole(self, x)),
     ):
         layer(x)
     return seen
@@ -51,6 +51,21 @@ def test_few_tokens_pass_at_a_time() -> None:
         assert parts_of(layer, torch.randn(2, 5, 6)) == [4, 3, 3]
         assert parts_of(layer, torch.randn(1, 4, 6)) == [4]
         assert parts_of(layer, torch.randn(10, 6)) == [10]
+
+
+def test_frozen_it_passes_gradients_in_parts() -> None:
+    layer, theirs = pair()
+    layer.requires_grad_(False)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    assert parts_of(layer, x) == [4, 3, 3]
+    gradients = []
+    with mock.patch.object(mlp, "AT_ONCE", 40):
+        for each in (layer, theirs):
+            (first,) = torch.autograd.grad(each(x).pow(2).sum(), x, create_graph=True)
+            gradients.append((first, torch.autograd.grad(first.pow(2).sum(), x)[0]))
+    torch.testing.assert_close(*gradients)
+    layer.fc2.bias.requires_grad_()
+    assert parts_of(layer, x) == [10]
 
 
 class Quantised(nn.Linear):

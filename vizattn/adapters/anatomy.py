@@ -254,12 +254,20 @@ def project_kv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(attn, "k_norm", k), v
 
 
-def project_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, N, d) of normed tokens `x` (B, N, D); no position term is applied."""
+def project_qkv(attn: Any, x: Tensor, apart: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, d) of normed tokens `x` (B, N, D); no position term is applied.
+
+    `apart`: keys and values have memory of their own, which is free again once they are joined with others.
+    """
     if getattr(attn, "qkv", None) is None:
         q = _norm(attn, "q_norm", _heads(attn.q_proj(x), attn.num_heads))
         return q, *project_kv(attn, x)
-    qkv = F.linear(x, attn.qkv.weight, _bias(attn))
+    weight, bias = attn.qkv.weight, _bias(attn)
+    if apart:
+        dim = weight.shape[0] // 3
+        q = F.linear(x, weight[:dim], None if bias is None else bias[:dim])
+        return _norm(attn, "q_norm", _heads(q, attn.num_heads)), *project_kv(attn, x)
+    qkv = F.linear(x, weight, bias)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return _norm(attn, "q_norm", q), _norm(attn, "k_norm", k), v
 
@@ -319,7 +327,7 @@ def attend(
     """
     if is_causal:
         raise VizattnError("Prompts cannot be used with causal attention (is_causal=True).")
-    q, k, v = project_qkv(attn, x)
+    q, k, v = project_qkv(attn, x, apart=extra_kv is not None)
     if rope is not None:
         prefix = int(attn.num_prefix_tokens) + inserted
         q, k = rotate(attn, q, rope, prefix), rotate(attn, k, rope, prefix)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+import timm.layers
+import torch
 from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe, map_source
@@ -24,6 +26,7 @@ from vizattn.adapters.edits import Edits, SetAttr, SetValues
 from vizattn.adapters.selftest import check_gradients
 from vizattn.errors import VizattnError, unknown
 from vizattn.heads import Segmenter
+from vizattn.layers.mlp import pass_in_parts
 
 __all__ = [
     "METHODS",
@@ -311,6 +314,8 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
         if module is not None:
             like = next(model.parameters())
             edits.set(model.adapters, method, module.to(device=like.device, dtype=like.dtype))
+        if not opts.trains_backbone:
+            _in_parts(model, edits)
         for _, head in classifiers(model):
             head.requires_grad_(True)
         if source is None and not any(p.requires_grad for p in model.parameters()):
@@ -330,6 +335,18 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
         _restore(model, flags, training)
         raise
     return outer
+
+
+def _in_parts(model: nn.Module, edits: Edits) -> None:
+    """Let timm's MLPs do as ours while others train: no page of a part's hidden channels is new to the process."""
+    for module in model.modules():
+        if type(module) is timm.layers.Mlp and "forward" not in vars(module):
+            edits.set(module, "forward", partial(_train_in_parts, module))
+
+
+def _train_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
+    """In inference the layer's own way: no bit changes by attaching or merging."""
+    return pass_in_parts(mlp, x) if torch.is_grad_enabled() else type(mlp).forward(mlp, x)
 
 
 def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:

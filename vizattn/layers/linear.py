@@ -13,7 +13,7 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "PointwiseConv", "in_inference"]
+__all__ = ["Linear", "PointwiseConv", "eager_on_cpu", "in_inference"]
 
 #: From so many tokens on, oneDNN was as fast as MKL on an Intel CPU, too.
 MANY = 4096
@@ -31,12 +31,16 @@ def _mkl_is_faster() -> bool:
 
 
 def in_inference(x: Tensor) -> bool:
-    """Not while gradients are recorded, and not in compiled and exported graphs, which have the usual layer."""
+    """As `eager_on_cpu`, and not while gradients are recorded."""
+    return not torch.is_grad_enabled() and eager_on_cpu(x)
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Of float32, and not in compiled and exported graphs, which have the usual layer."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() > 0
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]

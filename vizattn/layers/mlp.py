@@ -1,13 +1,13 @@
-"""The MLP of transformer blocks, which in inference on a CPU does not write all hidden channels to memory."""
+"""The MLP of transformer blocks, which on a CPU, unless it trains, does not write all hidden channels to one tensor."""
 
 import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from vizattn.layers.linear import Linear, in_inference
+from vizattn.layers.linear import Linear, eager_on_cpu
 
-__all__ = ["Mlp"]
+__all__ = ["Mlp", "pass_in_parts"]
 
 #: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
 AT_ONCE = 1 << 22
@@ -16,31 +16,46 @@ _BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identi
 
 
 class Mlp(timm.layers.Mlp):
-    """timm's. In float32 inference on a CPU, many tokens pass through it some at a time."""
+    """timm's. In float32 on a CPU, many tokens pass through it some at a time, unless it trains."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, in_features) -> (B, N, out_features); other shapes in the usual way."""
-        parts = 1 if torch.jit.is_scripting() else self._parts(x)
-        if parts == 1:
-            return self._pass(x)
-        outputs = [self._pass(part) for part in x.flatten(0, 1).unsqueeze(0).tensor_split(parts, dim=1)]
-        return torch.cat(outputs, dim=1).squeeze(0).unflatten(0, x.shape[:2])
+        if torch.jit.is_scripting():
+            x = self.drop1(self.act(self.fc1(x)))
+            return self.drop2(self.fc2(self.norm(x)))
+        else:
+            return pass_in_parts(self, x)
 
-    def _pass(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
 
-    @torch.jit.unused
-    def _parts(self, x: Tensor) -> int:
-        """Several where tokens are many, no layer mixes them, and nothing but the result can be seen from outside."""
-        if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.ndim != 3 or not in_inference(x):
-            return 1
-        layers = [self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2]
-        watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
-        if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
-            return 1
-        hidden: int = x.shape[:2].numel() * self.fc1.out_features  # type: ignore[assignment, operator]
-        return max(1, -(-hidden // AT_ONCE))
+@torch.jit.unused
+def pass_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
+    """What `mlp` does: (B, N, in_features) -> (B, N, out_features); other shapes in the usual way."""
+    parts = _parts(mlp, x)
+    if parts == 1:
+        return _pass(mlp, x)
+    tokens = x.flatten(0, 1).unsqueeze(0)
+    least, more = divmod(tokens.shape[1], parts)
+    outputs = [_pass(mlp, part) for part in tokens.split([least + (i < more) for i in range(parts)], dim=1)]
+    return torch.cat(outputs, dim=1).squeeze(0).unflatten(0, x.shape[:2])
+
+
+def _pass(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
+    x = mlp.drop1(mlp.act(mlp.fc1(x)))
+    return mlp.drop2(mlp.fc2(mlp.norm(x)))
+
+
+def _parts(mlp: timm.layers.Mlp, x: Tensor) -> int:
+    """Several where tokens are many, no layer mixes them, and nothing but the result can be seen from outside."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.ndim != 3 or not eager_on_cpu(x):
+        return 1
+    if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
+        return 1  # the gradients of weights would be summed up part by part
+    layers = [mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2]
+    watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
+        return 1
+    hidden: int = x.shape[:2].numel() * mlp.fc1.out_features  # type: ignore[assignment, operator]
+    return max(1, -(-hidden // AT_ONCE))
 
 
 def _by_token(layer: nn.Module) -> bool:

@@ -135,42 +135,53 @@ INLINE auto rows_of(const float *first, int64_t step) {
     return [first, step](int64_t n) INLINED { return first + n * step; };
 }
 
+// Of so many sums at once, how many parts each has: a sum alone would wait for its last addition at each step.
+constexpr int parts_of(int sums) { return sums >= 8 ? 1 : 8 / sums; }
+
 // Sums of C vectors of channels, from `first` on, of K rows: over n of weights (n, K) times the row in(n). The steps are
 // floats from one n, or row, to the next. A sum begins with start(row, channel) and goes to end(row, channel, sum).
 template <int L, int K, int C, class In, class Start, class End>
 INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t row,
                     int64_t first, const Start &start, const End &end) {
     typedef Lanes<L> V;
-    typename V::Float sum[K][C];
+    constexpr int P = parts_of(K * C);
+    typename V::Float sum[P][K][C] = {};
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) sum[k][c] = start(row + k, first + c * L);
-    for (int64_t n = 0; n < count; n++) {
+        for (int c = 0; c < C; c++) sum[0][k][c] = start(row + k, first + c * L);
+    const auto add = [&](int p, int64_t n) INLINED {
         const float *from = in(n) + first;
         for (int c = 0; c < C; c++) {
             const typename V::Float part = V::load(from + c * L);
-            for (int k = 0; k < K; k++) sum[k][c] += part * weights[n * step_n + (row + k) * step_k];
+            for (int k = 0; k < K; k++) sum[p][k][c] += part * weights[n * step_n + (row + k) * step_k];
         }
-    }
+    };
+    int64_t n = 0;
+    for (; n + P <= count; n += P)
+        for (int p = 0; p < P; p++) add(p, n + p);
+    for (; n < count; n++) add(0, n);
     for (int k = 0; k < K; k++)
-        for (int c = 0; c < C; c++) end(row + k, first + c * L, sum[k][c]);
+        for (int c = 0; c < C; c++) {
+            for (int p = 1; p < P; p++) sum[0][k][c] += sum[p][k][c];
+            end(row + k, first + c * L, sum[0][k][c]);
+        }
 }
 
-// The same for all `width` channels of `rows` rows.
+// The same of C vectors for `rows` rows from `row` on, K at once, then half as many of what is left.
+template <int L, int K, int C, class In, class Start, class End>
+INLINE void products_from(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t row,
+                          int64_t rows, int64_t first, const Start &start, const End &end) {
+    for (; row + K <= rows; row += K) product<L, K, C>(weights, step_n, step_k, count, in, row, first, start, end);
+    if constexpr (K > 1) products_from<L, K / 2, C>(weights, step_n, step_k, count, in, row, rows, first, start, end);
+}
+
+// And for all `width` channels.
 template <int L, class In, class Start, class End>
 INLINE void products(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t rows,
                      int64_t width, const Start &start, const End &end) {
     constexpr int K = rows_at_once(L);
     for (int64_t first = 0; first < width; first += 2 * L) {
-        const bool two = first + 2 * L <= width;
-        int64_t row = 0;
-        for (; row + K <= rows; row += K) {
-            if (two) product<L, K, 2>(weights, step_n, step_k, count, in, row, first, start, end);
-            else product<L, K, 1>(weights, step_n, step_k, count, in, row, first, start, end);
-        }
-        for (; row < rows; row++) {
-            if (two) product<L, 1, 2>(weights, step_n, step_k, count, in, row, first, start, end);
-            else product<L, 1, 1>(weights, step_n, step_k, count, in, row, first, start, end);
-        }
+        if (first + 2 * L <= width) products_from<L, K, 2>(weights, step_n, step_k, count, in, 0, rows, first, start, end);
+        else products_from<L, K, 1>(weights, step_n, step_k, count, in, 0, rows, first, start, end);
     }
 }
 

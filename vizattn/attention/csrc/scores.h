@@ -11,31 +11,32 @@ template <int L, int Q, int K>
 INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *const *start,
                   int64_t lane, float *out) {
     typedef Lanes<L> V;
-    typename V::Float sum[K][Q];
+    constexpr int P = parts_of(K * Q);
+    typename V::Float sum[P][K][Q] = {};
+    for (int k = 0; k < K && start; k++)
+        for (int q = 0; q < Q; q++) sum[0][k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
+    for (int64_t first = 0; first < channels; first += P)
+        for (int p = 0; p < P; p++) {
+            const int64_t c = first + p;
+            typename V::Float query[Q];
+            for (int q = 0; q < Q; q++) query[q] = V::load(by_channel + (c * Q + q) * L);
+            for (int k = 0; k < K; k++)
+                for (int q = 0; q < Q; q++) sum[p][k][q] += query[q] * keys[k][c];
+        }
     for (int k = 0; k < K; k++)
         for (int q = 0; q < Q; q++) {
-            sum[k][q] = typename V::Float{};
-            if (start) sum[k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
+            for (int p = 1; p < P; p++) sum[0][k][q] += sum[p][k][q];
+            V::store(out + (k * Q + q) * L, sum[0][k][q]);
         }
-    for (int64_t c = 0; c < channels; c++) {
-        typename V::Float query[Q];
-        for (int q = 0; q < Q; q++) query[q] = V::load(by_channel + (c * Q + q) * L);
-        for (int k = 0; k < K; k++)
-            for (int q = 0; q < Q; q++) sum[k][q] += query[q] * keys[k][c];
-    }
-    for (int k = 0; k < K; k++)
-        for (int q = 0; q < Q; q++) V::store(out + (k * Q + q) * L, sum[k][q]);
 }
 
-template <int L, int Q>
+// The same for `count` keys, K at once, then half as many of what is left.
+template <int L, int Q, int K = rows_at_once(L)>
 INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
                    const float *const *start, int64_t lane, float *out) {
-    constexpr int K = rows_at_once(L);
     int64_t k = 0;
-    for (; k + K <= count; k += K, start = start ? start + K : nullptr)
-        score<L, Q, K>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
-    for (; k < count; k++, start = start ? start + 1 : nullptr)
-        score<L, Q, 1>(by_channel, keys + k, channels, start, lane, out + k * Q * L);
+    for (; k + K <= count; k += K) score<L, Q, K>(by_channel, keys + k, channels, start ? start + k : start, lane, out + k * Q * L);
+    if constexpr (K > 1) scores<L, Q, K / 2>(by_channel, keys + k, count - k, channels, start ? start + k : start, lane, out + k * Q * L);
 }
 
 // Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel
