@@ -72,10 +72,16 @@ def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tenso
 def _by_library(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None) -> bool:
     if not (usable(query, key, value) and eager(query, key, value, temperature)):
         return False
-    shape, keys, values = query.shape, key.shape, value.shape
-    if len(shape) != 4 or len(values) != 4 or (*shape[:2], values[2], shape[3]) != keys or keys[:3] != values[:3]:
+    if temperature is not None and (temperature.dtype, temperature.shape) != (torch.float32, (query.shape[1], 1, 1)):
         return False
-    return temperature is None or (temperature.dtype, temperature.shape) == (torch.float32, (shape[1], 1, 1))
+    return _fit(query.shape, key.shape, value.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _fit(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> bool:
+    """Whether shapes are those of `linear_attention`, nothing being broadcast."""
+    four = len(query) == len(value) == 4
+    return four and (*query[:2], value[2], query[3]) == key and key[:3] == value[:3]
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:

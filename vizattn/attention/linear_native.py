@@ -5,6 +5,8 @@ Shapes: B images, N queries, M keys, h heads, d channels of queries and keys a h
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -18,23 +20,31 @@ __all__ = ["attend_linear"]
 
 #: LinearTask in linear.cpp: 13 tensors, steps of the 8 that have tokens, and 6 sizes.
 _TASK = native.layout(13, 8 * 3 + 6)
+_TENSORS, _NUMBERS = native.layout(13, 0), struct.Struct("@30q")
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(query: tuple[int, ...], value: tuple[int, ...], *steps: tuple[int, ...]) -> tuple[bytes, tuple[int, ...]]:
+    """Steps and sizes of a forward pass, by the shapes of queries and values and by all strides; the outputs' shape.
+
+    Kept, as to put them together took a tenth of the time over few tokens.
+    """
+    (B, h, N, d), (M, e) = query, value[2:]
+    out = N * h * e, e, h * e
+    return _NUMBERS.pack(*[s for x in steps for s in x[:3]], *out, *[0] * 12, B, h, N, M, d, e), (B, N, h, e)
 
 
 def _forward(
     min_sum: float, temperature: Tensor | None, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
 ) -> Tensor:
     """(B, h, N, e), one token after another in memory."""
-    (B, h, N, d), (_, _, M, e) = query.shape, value.shape
-    out = value.new_empty(B, N, h, e).transpose(1, 2)
-    native.call(
-        "linear_forward",
-        _TASK,
-        min_sum,
-        *native.addresses(query, key, value, temperature, None, out, *(kept or (None,) * 3), None, None, None, None),
-        *native.steps(query, key, value, out, None, None, None, None),
-        *(B, h, N, M, d, e),
-    )
-    return out
+    numbers, shape = _numbers(query.shape, value.shape, query.stride(), key.stride(), value.stride())
+    out = value.new_empty(shape)
+    factors = 0 if temperature is None else temperature.data_ptr()
+    tensors = query.data_ptr(), key.data_ptr(), value.data_ptr(), factors, 0, out.data_ptr()
+    context, sums, totals = native.addresses(*kept) if kept else (0, 0, 0)
+    native.call("linear_forward", _TENSORS, min_sum, *tensors, context, sums, totals, 0, 0, 0, 0, numbers=numbers)
+    return out.transpose(1, 2)
 
 
 class _Attend(torch.autograd.Function):
@@ -92,7 +102,8 @@ def attend_linear(
 
     It computes derivatives of derivatives, too.
     """
-    query, key, value = native.side_by_side(query), native.side_by_side(key), native.side_by_side(value)
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = native.side_by_side(query), native.side_by_side(key), native.side_by_side(value)
     if temperature is not None:
         temperature = temperature.contiguous()
     if torch.is_grad_enabled():

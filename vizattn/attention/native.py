@@ -36,6 +36,12 @@ LANES = 16
 #: At most so many floats of a vector are used; fewer where a processor's are smaller.
 _lanes = LANES
 
+#: The end of each task: lanes and threads.
+_END = struct.Struct("@2q")
+
+#: Of each task: lanes and threads.
+_END = struct.Struct("@2q")
+
 #: The compiled library, if there is one; None leaves it unused.
 library = _compiled = load()[0]
 
@@ -86,8 +92,8 @@ def like(x: Tensor) -> Tensor:
 
 
 def layout(tensors: int, numbers: int) -> struct.Struct:
-    """Of a task in the sources: a float, addresses of tensors, whole numbers, and the lanes and threads."""
-    return struct.Struct(f"@f{tensors}P{numbers + 2}q")
+    """Of a task in the sources but for its end: a float, addresses of tensors, whole numbers."""
+    return struct.Struct(f"@f{tensors}P{numbers}q")
 
 
 def addresses(*tensors: Tensor | None) -> list[int]:
@@ -100,6 +106,6 @@ def steps(*tensors: Tensor | None) -> list[int]:
     return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
-def call(function: str, layout: struct.Struct, *task: float) -> None:
-    """Let the library do a task, by the threads that torch has."""
-    getattr(_compiled, function)(layout.pack(*task, _lanes, torch.get_num_threads()))
+def call(function: str, layout: struct.Struct, *task: float, numbers: bytes = b"") -> None:
+    """Let the library do a task, which may go on with packed numbers, by the threads that torch has."""
+    getattr(_compiled, function)(layout.pack(*task) + numbers + _END.pack(_lanes, torch.get_num_threads()))

@@ -34,8 +34,7 @@ struct AgentRoom {
 
     // The next `count` floats, from where a vector may begin.
     float *take(int64_t count) {
-        const uintptr_t bytes = sizeof(float) * MOST_LANES, at = reinterpret_cast<uintptr_t>(floats.get() + used);
-        float *part = floats.get() + used + (-at % bytes) / sizeof(float);
+        float *part = aligned(floats.get() + used);
         used = part + count - floats.get();
         return part;
     }

@@ -27,6 +27,12 @@ constexpr int rows_at_once(int lanes) { return lanes == 16 ? 8 : 4; }
 constexpr int rows_at_once(int) { return 8; }
 #endif
 
+// From `x` on, the first float that a vector may begin with.
+inline float *aligned(float *x) {
+    const uintptr_t bytes = sizeof(float) * MOST_LANES;
+    return x + (-reinterpret_cast<uintptr_t>(x) % bytes) / sizeof(float);
+}
+
 template <int L> struct Lanes {
     typedef float Float __attribute__((vector_size(4 * L)));
     typedef int32_t Int __attribute__((vector_size(4 * L)));
@@ -166,22 +172,23 @@ INLINE void product(const float *weights, int64_t step_n, int64_t step_k, int64_
         }
 }
 
-// The same of C vectors for `rows` rows from `row` on, K at once, then half as many of what is left.
-template <int L, int K, int C, class In, class Start, class End>
-INLINE void products_from(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t row,
-                          int64_t rows, int64_t first, const Start &start, const End &end) {
+// The same of C vectors for `rows` rows, as many at once as may be.
+template <int L, int C, class In, class Start, class End>
+INLINE void products_of(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t rows,
+                        int64_t first, const Start &start, const End &end) {
+    constexpr int K = rows_at_once(L);
+    int64_t row = 0;
     for (; row + K <= rows; row += K) product<L, K, C>(weights, step_n, step_k, count, in, row, first, start, end);
-    if constexpr (K > 1) products_from<L, K / 2, C>(weights, step_n, step_k, count, in, row, rows, first, start, end);
+    for (; row < rows; row++) product<L, 1, C>(weights, step_n, step_k, count, in, row, first, start, end);
 }
 
 // And for all `width` channels.
 template <int L, class In, class Start, class End>
 INLINE void products(const float *weights, int64_t step_n, int64_t step_k, int64_t count, const In &in, int64_t rows,
                      int64_t width, const Start &start, const End &end) {
-    constexpr int K = rows_at_once(L);
     for (int64_t first = 0; first < width; first += 2 * L) {
-        if (first + 2 * L <= width) products_from<L, K, 2>(weights, step_n, step_k, count, in, 0, rows, first, start, end);
-        else products_from<L, K, 1>(weights, step_n, step_k, count, in, 0, rows, first, start, end);
+        if (first + 2 * L <= width) products_of<L, 2>(weights, step_n, step_k, count, in, rows, first, start, end);
+        else products_of<L, 1>(weights, step_n, step_k, count, in, rows, first, start, end);
     }
 }
 

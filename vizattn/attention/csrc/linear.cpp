@@ -1,6 +1,7 @@
 // ReLU linear attention on a CPU, forward and backward: what linear_native.py calls. Tokens are worked on a few at a
 // time, so that they are read once; what a head keeps of them, d x e numbers and d, stays in the first cache.
 #include <algorithm>
+#include <memory>
 
 #include "lanes.h"
 
@@ -21,11 +22,15 @@ constexpr int64_t AT_ONCE = 64;
 
 // What one thread works with; all but tokens and their gradients for each of its heads.
 struct LinearRoom {
-    std::vector<float> tokens, grads, mixer, turned, sums, context;
+    std::unique_ptr<float[]> floats;  // nothing of it is read before it is written
+    float *tokens, *mixer, *context, *turned, *sums, *grads;
 
-    LinearRoom(const LinearTask &t, int64_t heads)
-        : tokens(AT_ONCE * t.channels), grads(AT_ONCE * t.value_channels), mixer(heads * t.channels * t.value_channels),
-          turned(mixer.size()), sums(heads * t.channels), context(mixer.size()) {}
+    LinearRoom(const LinearTask &t, int64_t heads) {
+        const int64_t size = heads * t.channels * t.value_channels, some = AT_ONCE * t.channels;
+        floats.reset(new float[some + 3 * size + heads * t.channels + (t.grad ? AT_ONCE * t.value_channels : 0) + MOST_LANES]);
+        tokens = aligned(floats.get()), mixer = tokens + some, context = mixer + size, turned = context + size;
+        sums = turned + size, grads = sums + heads * t.channels;
+    }
 };
 
 // To `out`, with room for AT_ONCE: of `count` rows the sum over all `width` channels of part(row, channel), a vector.
@@ -54,7 +59,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
     const auto at = [image](auto *x, const int64_t *step, int64_t head, int64_t n) INLINED {
         return x + image * step[0] + head * step[1] + n * step[2];
     };
-    float *tokens = room.tokens.data();
+    float *tokens = room.tokens;
 
     const auto positive = [](const float *x) INLINED {
         const Float part = V::load(x);
@@ -80,10 +85,10 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
     const auto temperature = [&](int64_t head) INLINED { return t.temperature ? t.temperature[head] : 1.0f; };
     // What only a backward pass needs is kept where there will be one.
     const int64_t unit = image * t.heads + heads.first;
-    float *context = t.context ? t.context + unit * size : room.context.data(), *mixer = room.mixer.data();
+    float *context = t.context ? t.context + unit * size : room.context, *mixer = room.mixer;
 
     if (!backward) {
-        float *sums = t.sums ? t.sums + unit * d : room.sums.data();
+        float *sums = t.sums ? t.sums + unit * d : room.sums;
         std::fill(context, context + heads.count * size, 0.0f);
         std::fill(sums, sums + heads.count * d, 0.0f);
         each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
@@ -119,7 +124,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         return;
     }
 
-    float *turned = room.turned.data(), *grads = room.grads.data(), *d_sums = room.sums.data(), d_totals[AT_ONCE];
+    float *turned = room.turned, *grads = room.grads, *d_sums = room.sums, d_totals[AT_ONCE];
     std::fill(mixer, mixer + heads.count * size, 0.0f);  // its gradient, from here on
     std::fill(d_sums, d_sums + heads.count * d, 0.0f);
     for (int64_t i = 0; i < heads.count; i++) turn(context + i * size, d, e, temperature(heads.first + i), turned + i * size);

@@ -30,13 +30,17 @@ INLINE void score(const float *by_channel, const float *const *keys, int64_t cha
         }
 }
 
-// The same for `count` keys, K at once, then half as many of what is left.
-template <int L, int Q, int K = rows_at_once(L)>
+// The same for `count` keys, as many at once as may be.
+template <int L, int Q>
 INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
                    const float *const *start, int64_t lane, float *out) {
+    constexpr int K = rows_at_once(L);
+    const auto from = [&](auto rows, int64_t k) INLINED {
+        score<L, Q, rows>(by_channel, keys + k, channels, start ? start + k : nullptr, lane, out + k * Q * L);
+    };
     int64_t k = 0;
-    for (; k + K <= count; k += K) score<L, Q, K>(by_channel, keys + k, channels, start ? start + k : start, lane, out + k * Q * L);
-    if constexpr (K > 1) scores<L, Q, K / 2>(by_channel, keys + k, count - k, channels, start ? start + k : start, lane, out + k * Q * L);
+    for (; k + K <= count; k += K) from(std::integral_constant<int, K>(), k);
+    for (; k < count; k++) from(std::integral_constant<int, 1>(), k);
 }
 
 // Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel

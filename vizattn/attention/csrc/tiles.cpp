@@ -29,11 +29,6 @@ struct Room {
     explicit Room(const Task &t)
         : floats(new float[MOST_LANES * (t.grad ? 4 * t.keys + 8 * t.channels + 1 : 2 * t.keys + 2 * t.channels + 1)]),
           keys(t.keys), values(t.keys), biases(t.keys), d_keys(t.keys), d_values(t.keys), d_biases(t.keys) {}
-
-    float *aligned() {
-        const uintptr_t bytes = sizeof(float) * MOST_LANES;
-        return floats.get() + (-reinterpret_cast<uintptr_t>(floats.get()) % bytes) / sizeof(float);
-    }
 };
 
 // Some heads of one image.
@@ -54,7 +49,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
     // `places` queries `at`, from `lane` of their tile on, in Q vectors, for the first `count` keys of the room.
     const auto attend = [&](auto vectors, const int32_t *at, int64_t places, int64_t lane, int64_t count) INLINED {
         constexpr int Q = vectors, W = Q * L;
-        float *p = room.aligned(), *query_by_channel = p + W * t.keys;  // those that follow only in a backward pass
+        float *p = aligned(room.floats.get()), *query_by_channel = p + W * t.keys;  // those that follow only in a backward pass
         float *ds = query_by_channel + W * d, *query_by_lane = ds + W * t.keys;
         float *grad_by_channel = query_by_lane + W * d, *grad_by_lane = grad_by_channel + W * d;
         const auto taken = [&](const float *rows, int64_t step, int q, const Float &factors, float *by_lane,
