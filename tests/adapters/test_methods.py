@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -20,6 +21,7 @@ from vizattn.adapters.efficient_probing import EfficientProbe
 from vizattn.adapters.hst import TwoKeyAttention
 from vizattn.attention import ATTENTION
 from vizattn.errors import VizattnError
+from vizattn.layers import mlp
 from vizattn.models.biformer import LePEAttention
 
 TIMM_TOKEN_MODELS = ["vit", "deit_distilled", "dinov2_reg", "siglip", "clip", "dinov3", "beit", "eva02"]
@@ -355,6 +357,29 @@ def test_frozen_parts_stay_in_eval_mode():
     assert model.training
     with torch.no_grad():
         assert not torch.equal(model(images()), model(images()))
+
+
+@pytest.mark.parametrize("row", ["vit", "vit_va"])
+def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypatch):
+    model, whole = (vizattn.attach(create(row), "vpt", num_tokens=2).train() for _ in range(2))
+    whole.load_state_dict(model.state_dict())
+    seen = []
+    passed = mlp._pass
+    monkeypatch.setattr(mlp, "_pass", lambda layer, x: seen.append(x.shape[:2].numel()) or passed(layer, x))
+    x = images(3)
+    whole(x).pow(2).sum().backward()
+    monkeypatch.setattr(mlp, "AT_ONCE", 1000)
+    hidden, seen[:] = model.blocks[0].mlp.fc1.out_features, []
+    copied = copy.deepcopy(model)
+    copied(x).pow(2).sum().backward()
+    assert sum(seen) == 3 * 17 * len(model.blocks) and max(seen) * hidden < 2000
+    for a, b in zip(copied.parameters(), whole.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert all(p.grad is None for p in model.parameters())
+    vizattn.detach(model)
+    seen.clear()
+    model(x)
+    assert seen == ([] if row == "vit" else [3 * 17] * len(model.blocks))
 
 
 def test_hst_side_maps():

@@ -9,8 +9,9 @@ from vizattn.layers.linear import Linear, eager_on_cpu
 
 __all__ = ["Mlp", "pass_in_parts"]
 
-#: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
-AT_ONCE = 1 << 22
+#: Hidden channels of all tokens of a part at most, 8 MB: of much more, pages are new to the process each time, and what
+#: is kept for a backward pass does not fit into the gaps that tokens leave.
+AT_ONCE = 1 << 21
 
 _BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity)
 

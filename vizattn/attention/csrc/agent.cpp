@@ -95,6 +95,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         for (int64_t a = 0; a < A; a++) room.rows[a] = rows + a * d;
         for (int64_t a = 0; bias && a < A; a++) {
             room.biases[a] = bias + a * tokens + n;
+            fetch<L, Q>(room.biases[a] + W);  // for the next tokens: the rows of a table are far from each other
             if (places == W) continue;
             std::copy_n(room.biases[a], places, some_biases + a * W);  // no number past a table's end is read
             std::fill(some_biases + a * W + places, some_biases + (a + 1) * W, 0.0f);
@@ -112,6 +113,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         constexpr int W = vectors * L;
         for (int64_t a = 0; to && a < A; a++) {
             float *row = to + a * tokens + n;
+            fetch<L, vectors>(row + W);
             int64_t l = 0;
             for (; l + L <= places; l += L) V::store(row + l, V::load(row + l) + V::load(ds + a * W + l));
             for (; l < places; l++) row[l] += ds[a * W + l];

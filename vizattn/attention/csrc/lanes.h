@@ -33,6 +33,11 @@ inline float *aligned(float *x) {
     return x + (-reinterpret_cast<uintptr_t>(x) % bytes) / sizeof(float);
 }
 
+// Let Q vectors from `x` on come near, if they are there.
+template <int L, int Q> INLINE void fetch(const float *x) {
+    for (int q = 0; q < Q; q++) __builtin_prefetch(x + q * L, 0, 2);
+}
+
 template <int L> struct Lanes {
     typedef float Float __attribute__((vector_size(4 * L)));
     typedef int32_t Int __attribute__((vector_size(4 * L)));

@@ -73,4 +73,35 @@ INLINE void derive_softmax(const float *rows, float *grads, int64_t step, int64_
         V::store(grads + k * step, (V::load(grads + k * step) - mean) * V::load(rows + k * step));
 }
 
+// As `softmax`, of one row whose lanes are all to be summed up.
+template <int L> INLINE float softmax_of_row(float *row, int64_t width) {
+    typedef Lanes<L> V;
+    typename V::Float highest = V::load(row), total{};
+    for (int64_t k = L; k < width; k += L) {
+        const typename V::Float x = V::load(row + k);
+        highest = x > highest ? x : highest;
+    }
+    float top = highest[0], sum = 0.0f;
+    for (int l = 1; l < L; l++) top = std::max(top, highest[l]);
+    for (int64_t k = 0; k < width; k += L) {
+        typename V::Float x = V::load(row + k) - top;
+        V::exp2(x);
+        V::store(row + k, x);
+        total += x;
+    }
+    for (int l = 0; l < L; l++) sum += total[l];
+    return 1.0f / sum;
+}
+
+// As `derive_softmax`, likewise.
+template <int L> INLINE void derive_softmax_of_row(const float *row, float *grads, int64_t width, float share) {
+    typedef Lanes<L> V;
+    typename V::Float means{};
+    float mean = 0.0f;
+    for (int64_t k = 0; k < width; k += L) means += V::load(row + k) * V::load(grads + k);
+    for (int l = 0; l < L; l++) mean += means[l];
+    mean *= share;
+    for (int64_t k = 0; k < width; k += L) V::store(grads + k, (V::load(grads + k) - mean) * V::load(row + k));
+}
+
 }  // namespace

@@ -4,6 +4,7 @@
 // (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile of few keys needs
 // stays in the first cache; keys and values are read where they lie, and nothing is written but results.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "scores.h"
@@ -94,6 +95,46 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
         send(p, grad_by_lane, room.d_values.data());
     };
 
+    // The same of one query, in `lane` of its tile, with a key in each lane: of a vector of queries, the others would be empty.
+    const auto attend_one = [&](int32_t at, int64_t lane, int64_t count) INLINED {
+        float *p = aligned(room.floats.get()), *ds = p + MOST_LANES * t.keys, *query = ds + MOST_LANES * t.keys, *grad = query + d;
+        const int64_t padded = (count + L - 1) / L * L;
+        const auto times = [&](const float *row, const float *const *rows, float *to) INLINED {
+            for (int64_t k = 0; k < padded; k += L)
+                V::store(to + k, V::totals([&](int i) INLINED {
+                    const float *other = rows[std::min(k + i, count - 1)];
+                    Float sum = V::load(row) * V::load(other);
+                    for (int64_t c = L; c < d; c += L) sum += V::load(row + c) * V::load(other + c);
+                    return sum;
+                }));
+        };
+        const auto scaled = [&](const float *row, float factor, float *to) INLINED {
+            for (int64_t c = 0; c < d; c += L) V::store(to + c, V::load(row + c) * factor);
+        };
+        const auto weigh = [&](const float *weights, const float *const *rows, float factor, float *to) INLINED {
+            products<L>(weights, 1, 0, count, row_of(rows), 1, d, zero,
+                        [&](int64_t, int64_t c, const Float &x) INLINED { V::store(to + c, x * factor); });
+        };
+        const auto send = [&](const float *weights, const float *row, float *const *to) INLINED {
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t c = 0; c < d; c += L) V::store(to[k] + c, V::load(to[k] + c) + V::load(row + c) * weights[k]);
+        };
+        scaled(of(t.query, t.query_step, at), t.scale * LOG2_E, query);
+        times(query, keys, p);
+        for (int64_t k = 0; t.bias && k < count; k++) p[k] += room.biases[k][lane] * LOG2_E;
+        std::fill(p + count, p + padded, -INFINITY);
+        const float share = softmax_of_row<L>(p, padded);
+        if (!backward) return weigh(p, values, share, of(t.out, t.out_step, at));
+        scaled(of(t.grad, t.out_step, at), share, grad);
+        times(grad, values, ds);
+        derive_softmax_of_row<L>(p, ds, padded, share);
+        for (int64_t k = 0; t.d_bias && k < count; k++) room.d_biases[k][lane] += ds[k];
+        weigh(ds, keys, t.scale, of(t.d_query, t.d_query_step, at));
+        scaled(query, 1.0f / LOG2_E, query);
+        send(ds, query, room.d_keys.data());
+        send(p, grad, room.d_values.data());
+    };
+
     const auto tiled = [&](int64_t tile) INLINED {
         const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys, *query_at = t.query_at + tile * t.queries;
         const int64_t table = (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads + (t.bias_heads > 1 ? head : 0);
@@ -114,8 +155,10 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             const int32_t *at = query_at + lane;
             int64_t places = std::min<int64_t>(2 * L, t.queries - lane);
             while (places > 0 && at[places - 1] < 0) places--;
-            if (places > L) attend(std::integral_constant<int, 2>(), at, places, lane, count);
-            else if (places > 0) attend(std::integral_constant<int, 1>(), at, places, lane, count);
+            const bool one = places % L == 1;
+            if (places - one > L) attend(std::integral_constant<int, 2>(), at, places - one, lane, count);
+            else if (places - one > 0) attend(std::integral_constant<int, 1>(), at, places - one, lane, count);
+            if (one) attend_one(at[places - 1], lane + places - 1, count);
         }
     };
     for (int64_t tile = 0; tile < t.tiles; tile++)
