@@ -368,7 +368,7 @@ def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypat
     monkeypatch.setattr(mlp, "_pass", lambda layer, x: seen.append(x.shape[:2].numel()) or passed(layer, x))
     x = images(3)
     whole(x).pow(2).sum().backward()
-    monkeypatch.setattr(mlp, "AT_ONCE", 1000)
+    monkeypatch.setattr(mlp, "KEPT_AT_ONCE", 1000)
     hidden, seen[:] = model.blocks[0].mlp.fc1.out_features, []
     copied = copy.deepcopy(model)
     copied(x).pow(2).sum().backward()

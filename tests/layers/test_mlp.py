@@ -30,6 +30,7 @@ def parts_of(layer: Mlp, x: Tensor) -> list[int]:
     whole = mlp._pass
     with (
         mock.patch.object(mlp, "AT_ONCE", 40),
+        mock.patch.object(mlp, "KEPT_AT_ONCE", 20),
         mock.patch.object(mlp, "_pass", lambda self, x: seen.append(x.shape[:-1].numel()) or whole(self, x)),
     ):
         layer(x)
@@ -57,9 +58,10 @@ def test_frozen_it_passes_gradients_in_parts() -> None:
     layer, theirs = pair()
     layer.requires_grad_(False)
     x = torch.randn(2, 5, 6, requires_grad=True)
-    assert parts_of(layer, x) == [4, 3, 3]
+    assert parts_of(layer, x) == [2] * 5
+    assert parts_of(layer, x.detach()) == [4, 3, 3]
     gradients = []
-    with mock.patch.object(mlp, "AT_ONCE", 40):
+    with mock.patch.object(mlp, "KEPT_AT_ONCE", 20):
         for each in (layer, theirs):
             (first,) = torch.autograd.grad(each(x).pow(2).sum(), x, create_graph=True)
             gradients.append((first, torch.autograd.grad(first.pow(2).sum(), x)[0]))

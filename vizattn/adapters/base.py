@@ -345,8 +345,9 @@ def _in_parts(model: nn.Module, edits: Edits) -> None:
 
 
 def _train_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
-    """In inference the layer's own way: no bit changes by attaching or merging."""
-    return pass_in_parts(mlp, x) if torch.is_grad_enabled() else type(mlp).forward(mlp, x)
+    """Without gradients the layer's own way: no bit changes by attaching or merging."""
+    learning = torch.is_grad_enabled() and x.requires_grad
+    return pass_in_parts(mlp, x) if learning else type(mlp).forward(mlp, x)
 
 
 def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:

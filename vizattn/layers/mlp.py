@@ -9,9 +9,11 @@ from vizattn.layers.linear import Linear, eager_on_cpu
 
 __all__ = ["Mlp", "pass_in_parts"]
 
-#: Hidden channels of all tokens of a part at most, 8 MB: of much more, pages are new to the process each time, and what
-#: is kept for a backward pass does not fit into the gaps that tokens leave.
-AT_ONCE = 1 << 21
+#: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
+AT_ONCE = 1 << 22
+
+#: Where they are kept for a backward pass: more did not fit into the gaps that tokens leave, and took more memory.
+KEPT_AT_ONCE = 1 << 21
 
 _BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity)
 
@@ -56,7 +58,8 @@ def _parts(mlp: timm.layers.Mlp, x: Tensor) -> int:
     if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
         return 1
     hidden: int = x.shape[:2].numel() * mlp.fc1.out_features  # type: ignore[assignment, operator]
-    return max(1, -(-hidden // AT_ONCE))
+    most = KEPT_AT_ONCE if x.requires_grad and torch.is_grad_enabled() else AT_ONCE
+    return max(1, -(-hidden // most))
 
 
 def _by_token(layer: nn.Module) -> bool:
