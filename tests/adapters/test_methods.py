@@ -376,6 +376,13 @@ def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypat
     for a, b in zip(copied.parameters(), whole.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
     assert all(p.grad is None for p in model.parameters())
+    seen.clear()
+    with torch.no_grad():
+        model(x)
+    assert seen == [3 * 17] * len(model.blocks)
+    if row == "vit":
+        torch.jit.script(model.blocks[0].mlp)
+    torch.jit.trace(model, x)
     vizattn.detach(model)
     seen.clear()
     model(x)

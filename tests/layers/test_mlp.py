@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizattn.layers import Linear, Mlp, linear, mlp
@@ -66,6 +66,12 @@ def test_frozen_it_passes_gradients_in_parts() -> None:
             (first,) = torch.autograd.grad(each(x).pow(2).sum(), x, create_graph=True)
             gradients.append((first, torch.autograd.grad(first.pow(2).sum(), x)[0]))
     torch.testing.assert_close(*gradients)
+    hook = layer.act.register_full_backward_hook(lambda *_: None)
+    assert parts_of(layer, x) == [10]
+    hook.remove()
+    hook = register_module_full_backward_hook(lambda *_: None)
+    assert parts_of(layer, x) == [10]
+    hook.remove()
     layer.fc2.bias.requires_grad_()
     assert parts_of(layer, x) == [10]
 

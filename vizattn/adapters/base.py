@@ -18,7 +18,6 @@ from functools import cache, partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import timm.layers
-import torch
 from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe, map_source
@@ -26,7 +25,7 @@ from vizattn.adapters.edits import Edits, SetAttr, SetValues
 from vizattn.adapters.selftest import check_gradients
 from vizattn.errors import VizattnError, unknown
 from vizattn.heads import Segmenter
-from vizattn.layers.mlp import pass_in_parts
+from vizattn.layers.mlp import FrozenMlp
 
 __all__ = [
     "METHODS",
@@ -340,14 +339,8 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
 def _in_parts(model: nn.Module, edits: Edits) -> None:
     """Let timm's MLPs do as ours while others train: no page of a part's hidden channels is new to the process."""
     for module in model.modules():
-        if type(module) is timm.layers.Mlp and "forward" not in vars(module):
-            edits.set(module, "forward", partial(_train_in_parts, module))
-
-
-def _train_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
-    """Without gradients the layer's own way: no bit changes by attaching or merging."""
-    learning = torch.is_grad_enabled() and x.requires_grad
-    return pass_in_parts(mlp, x) if learning else type(mlp).forward(mlp, x)
+        if type(module) is timm.layers.Mlp:
+            edits.set(module, "__class__", FrozenMlp)
 
 
 def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:

@@ -36,9 +36,6 @@ LANES = 16
 #: At most so many floats of a vector are used; fewer where a processor's are smaller.
 _lanes = LANES
 
-#: The end of each task: lanes and threads.
-_END = struct.Struct("@2q")
-
 #: Of each task: lanes and threads.
 _END = struct.Struct("@2q")
 

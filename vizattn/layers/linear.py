@@ -38,10 +38,10 @@ def in_inference(x: Tensor) -> bool:
 def eager_on_cpu(x: Tensor) -> bool:
     """Of float32, and not in compiled and exported graphs, which have the usual layer."""
     return (
-        x.dtype == torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
     )
