@@ -14,7 +14,7 @@ from rows import METHODS, create, images, randomise
 from torch import nn
 
 import vizattn
-from vizattn.adapters import attached, cache_level, query_maps
+from vizattn.adapters import attached, cache_level, frozen, query_maps
 from vizattn.adapters.anatomy import attend, describe
 from vizattn.adapters.apla import PartialLinear
 from vizattn.adapters.efficient_probing import EfficientProbe
@@ -359,27 +359,29 @@ def test_frozen_parts_stay_in_eval_mode():
         assert not torch.equal(model(images()), model(images()))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("row", ["vit", "vit_va"])
 def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypatch):
     model, whole = (vizattn.attach(create(row), "vpt", num_tokens=2).train() for _ in range(2))
     whole.load_state_dict(model.state_dict())
-    seen = []
-    passed = mlp._pass
+    seen, tokens = [], []
+    layer, passed, parts = model.blocks[0].mlp, mlp._pass, mlp._Parts.apply
     monkeypatch.setattr(mlp, "_pass", lambda layer, x: seen.append(x.shape[:2].numel()) or passed(layer, x))
+    monkeypatch.setattr(mlp._Parts, "apply", lambda x, *rest: tokens.append((len(x), rest[-1])) or parts(x, *rest))
     x = images(3)
     whole(x).pow(2).sum().backward()
-    monkeypatch.setattr(mlp, "KEPT_AT_ONCE", 1000)
-    hidden, seen[:] = model.blocks[0].mlp.fc1.out_features, []
+    assert seen == [3 * 17] * len(model.blocks) and not tokens
+    monkeypatch.setattr(mlp, "AT_ONCE", 17 * layer.fc1.out_features)
+    seen.clear()
     copied = copy.deepcopy(model)
     copied(x).pow(2).sum().backward()
-    assert sum(seen) == 3 * 17 * len(model.blocks) and max(seen) * hidden < 2000
+    assert not seen and tokens == [(3 * 17, 3)] * len(model.blocks)
     for a, b in zip(copied.parameters(), whole.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
     assert all(p.grad is None for p in model.parameters())
-    seen.clear()
     with torch.no_grad():
         model(x)
-    assert seen == [3 * 17] * len(model.blocks)
+    assert seen == ([3 * 17] if row == "vit" else [17] * 3) * len(model.blocks)  # timm's do as before without gradients
     if row == "vit":
         torch.jit.script(model.blocks[0].mlp)
     torch.jit.trace(model, x)
@@ -387,6 +389,32 @@ def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypat
     seen.clear()
     model(x)
     assert seen == ([] if row == "vit" else [3 * 17] * len(model.blocks))
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"qk_norm": True}, {"attn_drop_rate": 0.5}])
+def test_frozen_attentions_are_as_before_in_less_time(options, monkeypatch):
+    """In training with one gradient for queries, keys and values; all else is timm's own."""
+    model, seen = create("vit", **options), []
+    copied = copy.deepcopy(model)
+    packed = frozen.packed_softmax_attention
+    monkeypatch.setattr(frozen, "packed_softmax_attention", lambda *args: seen.append(1) or packed(*args))
+    vizattn.attach(model, "apla", num_rows=model.embed_dim)
+    attn, before = model.blocks[1].attn, copied.blocks[1].attn
+    seen.clear()
+    tokens = torch.randn(3, 17, model.embed_dim, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(attn(tokens), before(tokens))
+    mask = torch.rand(17, 17) < 0.7
+    mask.fill_diagonal_(True)
+    for kwargs in ({"attn_mask": mask}, {"is_causal": True}):
+        torch.testing.assert_close(attn(tokens, **kwargs), before(tokens, **kwargs))
+    assert not seen
+    grads = [torch.autograd.grad(each(tokens).pow(2).sum(), tokens)[0] for each in (attn, before)]
+    assert seen == [] if "qk_norm" in options else [1]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.jit.script(vizattn.attach(create("vit"), "linear_probe").blocks[0].attn)
+    vizattn.detach(model)
+    assert type(attn) is type(before)
 
 
 def test_hst_side_maps():

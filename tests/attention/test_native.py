@@ -24,6 +24,7 @@ from vizattn.attention import bilevel_native, bilevel_routing, linear, linear_at
 from vizattn.attention import neighborhood_native as tiles
 from vizattn.attention.agent import agent_attention
 from vizattn.attention.bilevel_routing import bilevel_routing_attention
+from vizattn.attention.softmax import packed_softmax_attention, softmax_attention
 from vizattn.attention.tiles_native import Tiling, attend_tile, attend_tiles
 from vizattn.attention.window import window_attention
 
@@ -59,14 +60,15 @@ def tilings(draw: Any) -> tuple[int, ...]:
     packed=st.booleans(),
     lanes=st.sampled_from([4, 8, 16]),
     count=st.integers(1, 4),
+    empty=st.sampled_from([0, 128]),
     seed=st.integers(0, 999),
 )
-def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, count: int, seed: int) -> None:
+def test_tiles_equal_the_definition(case: Any, packed: bool, lanes: int, count: int, empty: int, seed: int) -> None:
     """Queries are dealt out to tiles, some of whose lanes have none; each tile has keys of its own."""
     B, N, M, h, d, T, most_keys, P, by_head, by_image = case
     M = max(N, M) if packed else M
     generator = torch.Generator().manual_seed(seed)
-    q = N + -N % native.LANES
+    q = N + -N % native.LANES + empty
     query_at = torch.full((T, q), -1)
     for tile, queries in enumerate(torch.randperm(N, generator=generator).tensor_split(T)):
         query_at[tile, torch.randperm(q, generator=generator)[: len(queries)]] = queries
@@ -124,7 +126,7 @@ def cases(draw: Any) -> tuple[tuple[int, ...], list[tuple[int, int, int, bool]]]
 @settings(max_examples=25, deadline=None)
 @given(
     B=st.integers(1, 3),
-    N=st.integers(1, 40),
+    N=st.integers(1, 40) | st.integers(100, 150),
     M=st.integers(1, 40),
     h=st.integers(1, 3),
     d=st.sampled_from([16, 32]),
@@ -144,6 +146,34 @@ def test_one_tile_equals_the_definition(
         scores = scores + F.pad(wide[3], (0, 0, 0, M - wide[3].shape[1])).transpose(-2, -1)
     output = attend_tile(*inputs[:3], None if biased is None else inputs[3], 0.3)
     assert_same(output, scores.softmax(-1) @ wide[2], inputs, wide)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 40) | st.integers(100, 150),
+    h=st.integers(1, 3),
+    d=st.sampled_from([16, 32]),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_tokens_that_attend_to_each_other_equal_the_definition(
+    B: int, N: int, h: int, d: int, count: int, seed: int
+) -> None:
+    """As one product gives queries, keys and values, and apart."""
+    packed = draw(seed, B, N, 3, h, d)
+    (wide,) = doubled([packed])
+
+    def apart(qkv: Tensor) -> Tensor:
+        return softmax_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
+
+    calls = mock.Mock(wraps=native.call)
+    with threads(count), mock.patch.object(native, "call", calls):
+        for function in (packed_softmax_attention, apart):
+            query, key, value = wide.permute(2, 0, 3, 1, 4).unbind(0)
+            expected = (query @ key.transpose(-2, -1) * d**-0.5).softmax(-1) @ value
+            assert_same(function(packed), expected.transpose(1, 2), [packed], [wide])
+    assert [call.args[0] for call in calls.call_args_list] == ["tiles_forward", "tiles_backward"] * 2
 
 
 @settings(max_examples=25, deadline=None)
@@ -322,7 +352,14 @@ def _windows(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor
     return window_attention(query, key, value, bias)
 
 
-@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows, _agents])
+def _all(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    key = key * table.flatten()[:16]
+    if query.dtype == torch.float64:  # torch's kernel has no second derivatives
+        return (query @ key.transpose(-2, -1) / 4).softmax(-1) @ value
+    return softmax_attention(query, key, value)
+
+
+@pytest.mark.parametrize("function", [_neighborhoods, _linear, _windows, _agents, _all])
 def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., Tensor]) -> None:
     inputs = [draw(i, 1, 2, 30, 16) for i in range(3)] + [draw(3, 2, 5, 5)]
     wide = doubled(inputs)
@@ -347,7 +384,7 @@ def test_derivatives_of_derivatives_and_several_at_once(function: Callable[..., 
             torch.testing.assert_close(grads, same, rtol=1e-4, atol=1e-5)
     before = function(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        # Windows and agents are computed in bfloat16 there.
+        # Others are computed in bfloat16 there.
         output_inside = function(*inputs) if function in (_neighborhoods, _linear) else before
         inside = torch.autograd.grad(output_inside, inputs, cotangents[0])
     for a, b in zip(inside, torch.autograd.grad(output, inputs, cotangents[0])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from unittest import mock
 
@@ -25,13 +26,19 @@ def pair() -> tuple[Mlp, timm.layers.Mlp]:
 
 
 def parts_of(layer: Mlp, x: Tensor) -> list[int]:
-    """The number of tokens of each part that passes."""
+    """The number of tokens of each part that passes, of those whose hidden channels are kept if gradients are."""
     seen: list[int] = []
-    whole = mlp._pass
+    whole, kept = mlp._pass, x.requires_grad
+
+    def keep(saved: Tensor) -> Tensor:
+        if kept and saved.shape[-1] == 10 and saved.grad_fn is not None:
+            seen.append(saved.shape[:-1].numel())
+        return saved
+
     with (
         mock.patch.object(mlp, "AT_ONCE", 40),
-        mock.patch.object(mlp, "KEPT_AT_ONCE", 20),
-        mock.patch.object(mlp, "_pass", lambda self, x: seen.append(x.shape[:-1].numel()) or whole(self, x)),
+        mock.patch.object(mlp, "_pass", lambda self, x: (kept or seen.append(x.shape[:-1].numel()), whole(self, x))[1]),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
     ):
         layer(x)
     return seen
@@ -55,17 +62,10 @@ def test_few_tokens_pass_at_a_time() -> None:
 
 
 def test_frozen_it_passes_gradients_in_parts() -> None:
-    layer, theirs = pair()
+    layer, _ = pair()
     layer.requires_grad_(False)
     x = torch.randn(2, 5, 6, requires_grad=True)
-    assert parts_of(layer, x) == [2] * 5
-    assert parts_of(layer, x.detach()) == [4, 3, 3]
-    gradients = []
-    with mock.patch.object(mlp, "KEPT_AT_ONCE", 20):
-        for each in (layer, theirs):
-            (first,) = torch.autograd.grad(each(x).pow(2).sum(), x, create_graph=True)
-            gradients.append((first, torch.autograd.grad(first.pow(2).sum(), x)[0]))
-    torch.testing.assert_close(*gradients)
+    assert parts_of(layer, x) == parts_of(layer, x.detach()) == [4, 3, 3]
     hook = layer.act.register_full_backward_hook(lambda *_: None)
     assert parts_of(layer, x) == [10]
     hook.remove()
@@ -74,6 +74,44 @@ def test_frozen_it_passes_gradients_in_parts() -> None:
     hook.remove()
     layer.fc2.bias.requires_grad_()
     assert parts_of(layer, x) == [10]
+
+
+def _derivatives(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """First ones, alone, of several results at once, and in part of others; second ones of two kinds."""
+    y = layer(x)
+    directions = torch.linspace(-1, 1, 3 * y.numel()).view(3, *y.shape)
+    plain = torch.autograd.grad(y, x, directions[0], retain_graph=True)[0]
+    several = torch.autograd.grad(y, x, directions, retain_graph=True, is_grads_batched=True)[0]
+    (first,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    of_some = torch.autograd.grad(first[0, :1].sum(), x, retain_graph=True)[0]
+    of_both = torch.autograd.grad(first.pow(2).sum() + y.sum(), x, create_graph=True)[0]
+    return [y, plain, several, first, of_some, of_both, torch.autograd.grad(of_both.pow(2).sum(), x)[0]]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+@settings(max_examples=10, deadline=None)
+@given(B=st.integers(1, 3), N=st.integers(1, 9), at_once=st.integers(1, 100))
+def test_parts_have_the_derivatives_of_the_whole(B: int, N: int, at_once: int, bias: bool, approximate: str) -> None:
+    ours, theirs = (kind(6, 10, 7, bias=bias).eval().requires_grad_(False) for kind in (Mlp, timm.layers.Mlp))
+    theirs.load_state_dict(ours.state_dict())
+    ours.act = theirs.act = nn.GELU(approximate)
+    x = torch.randn(B, N, 6, requires_grad=True)
+    with mock.patch.object(mlp, "AT_ONCE", at_once):
+        found = _derivatives(ours, x)
+    torch.testing.assert_close(found, _derivatives(theirs, x))
+
+
+def test_kept_parts_end_with_the_result() -> None:
+    layer, _ = pair()
+    layer.requires_grad_(False)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    with mock.patch.object(mlp, "AT_ONCE", 40):
+        y = layer(x)
+    kept = [weakref.ref(saved) for saved in y.grad_fn.next_functions[0][0].saved_tensors[2:]]
+    assert len(kept) == 3
+    del y
+    assert all(saved() is None for saved in kept)
 
 
 class Quantised(nn.Linear):

@@ -25,6 +25,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from vizattn.attention import softmax_attention
 from vizattn.errors import VizattnError
 from vizattn.heads import Segmenter
 
@@ -342,7 +343,10 @@ def attend(
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
     drop = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=attn.scale)
+    if bias is None:
+        out = softmax_attention(q, k, v, drop, attn.scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=attn.scale)
     out = _norm(attn, "norm", out.transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
-import timm.layers
 from torch import Tensor, nn
 
 from vizattn.adapters.anatomy import Anatomy, classifiers, core, describe, map_source
 from vizattn.adapters.edits import Edits, SetAttr, SetValues
+from vizattn.adapters.frozen import lighten
 from vizattn.adapters.selftest import check_gradients
 from vizattn.errors import VizattnError, unknown
 from vizattn.heads import Segmenter
-from vizattn.layers.mlp import FrozenMlp
 
 __all__ = [
     "METHODS",
@@ -314,7 +313,7 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
             like = next(model.parameters())
             edits.set(model.adapters, method, module.to(device=like.device, dtype=like.dtype))
         if not opts.trains_backbone:
-            _in_parts(model, edits)
+            lighten(model, edits)
         for _, head in classifiers(model):
             head.requires_grad_(True)
         if source is None and not any(p.requires_grad for p in model.parameters()):
@@ -334,13 +333,6 @@ def attach(model: nn.Module, method: str, *, keep_original: bool = True, **optio
         _restore(model, flags, training)
         raise
     return outer
-
-
-def _in_parts(model: nn.Module, edits: Edits) -> None:
-    """Let timm's MLPs do as ours while others train: no page of a part's hidden channels is new to the process."""
-    for module in model.modules():
-        if type(module) is timm.layers.Mlp:
-            edits.set(module, "__class__", FrozenMlp)
 
 
 def _check_anatomy(model: nn.Module, method: str, opts: Any) -> Anatomy | None:

@@ -27,7 +27,7 @@ from vizattn.attention.cross_shaped import CrossShapedAttention, stripe_attentio
 from vizattn.attention.halo import HaloAttention, HaloAttention2d, halo_attention
 from vizattn.attention.linear import LinearAttention, LocalConcentration, linear_attention
 from vizattn.attention.neighborhood import NeighborhoodAttention, na1d, na2d, na3d
-from vizattn.attention.softmax import SoftmaxAttention, attention_weights, softmax_attention
+from vizattn.attention.softmax import SoftmaxAttention, attention_weights, packed_softmax_attention, softmax_attention
 from vizattn.attention.window import WindowAttention, window_attention
 from vizattn.errors import unknown
 
@@ -55,6 +55,7 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "packed_softmax_attention",
     "softmax_attention",
     "stripe_attention",
     "window_attention",

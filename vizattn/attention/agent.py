@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.agent_native import attend_agents
-from vizattn.attention.eager import eager, transformed
 from vizattn.attention.native import usable
 from vizattn.errors import VizattnError
+from vizattn.layers.eager import eager, transformed
 
 __all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vizattn.attention.bilevel_native import attend_regions
-from vizattn.attention.eager import eager
 from vizattn.attention.native import LANES, usable
 from vizattn.errors import VizattnError
 from vizattn.layers import Linear
+from vizattn.layers.eager import eager
 
 __all__ = ["BilevelRoutingAttention", "bilevel_routing_attention", "route"]
 

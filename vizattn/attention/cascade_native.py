@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vizattn.attention import native
-from vizattn.attention.eager import eager
 from vizattn.layers.conv_norm import ConvNorm, LinearNorm
+from vizattn.layers.eager import eager
 
 __all__ = ["attend_cascade", "cascade_layers"]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.cascade_native import attend_cascade, cascade_layers
-from vizattn.attention.eager import eager
 from vizattn.attention.native import LANES, usable
 from vizattn.errors import VizattnError
 from vizattn.layers.conv_norm import ConvNorm, LinearNorm
+from vizattn.layers.eager import eager
 
 __all__ = ["CascadedGroupAttention", "biased_attention", "offset_index"]
 

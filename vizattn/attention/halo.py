@@ -12,11 +12,11 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import eager
 from vizattn.attention.halo_fused import attend_blocks
 from vizattn.attention.halo_plain import attend_plain
 from vizattn.attention.softmax import softmax_attention
 from vizattn.errors import VizattnError
+from vizattn.layers.eager import eager
 
 __all__ = ["HaloAttention", "HaloAttention2d", "halo_attention"]
 

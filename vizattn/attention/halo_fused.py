@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vizattn.attention.eager import derived_again, gradients_of
 from vizattn.attention.halo_plain import attend_plain
+from vizattn.layers.eager import derived_again, gradients_of
 
 __all__ = ["attend_blocks"]
 

@@ -16,10 +16,10 @@ from timm.layers import register_notrace_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import derived_again, eager, gradients_of
 from vizattn.attention.linear_native import attend_linear
 from vizattn.attention.native import usable
 from vizattn.errors import VizattnError
+from vizattn.layers.eager import derived_again, eager, gradients_of
 
 __all__ = ["LinearAttention", "LocalConcentration", "linear_attention"]
 

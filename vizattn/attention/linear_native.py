@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vizattn.attention import native
-from vizattn.attention.eager import derived_again, gradients_of
+from vizattn.layers.eager import derived_again, gradients_of
 
 __all__ = ["attend_linear"]
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention import native
-from vizattn.attention.eager import eager
 from vizattn.attention.neighborhood_dense import attend_dense
 from vizattn.attention.neighborhood_fused import attend_fused
 from vizattn.attention.neighborhood_native import attend_neighborhoods
 from vizattn.attention.neighborhood_plain import attend_naive, attend_plain
 from vizattn.attention.neighborhood_tiles import Axis, tile_scores
 from vizattn.errors import VizattnError, unknown
+from vizattn.layers.eager import eager
 
 __all__ = ["NeighborhoodAttention", "fitting_axis", "na1d", "na2d", "na3d"]
 

@@ -7,17 +7,26 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from timm.layers import use_fused_attn
+from timm.layers import register_notrace_function, use_fused_attn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vizattn.attention.native import usable
+from vizattn.attention.tiles_native import attend_tile, attend_tiles, one_tile
 from vizattn.errors import VizattnError
+from vizattn.layers.eager import eager
 
-__all__ = ["SoftmaxAttention", "attention_weights", "softmax_attention"]
+__all__ = ["SoftmaxAttention", "attention_weights", "packed_softmax_attention", "softmax_attention"]
+
+#: Numbers of a head's keys at most, M * d: of more, torch's fused kernel was as fast as the library.
+MOST = 1 << 16
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value, without the (N, M) matrix ever being stored.
+@register_notrace_function  # paths depend on the input
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * query key^T) value, without the (N, M) matrix ever being stored.
 
     Time is O(N M C), memory O((N + M) C).
 
@@ -26,11 +35,39 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: floa
         key: (B, h, M, d).
         value: (B, h, M, e).
         dropout_p: Share of attention weights set to zero.
+        scale: 1 / sqrt(d) if None.
 
     Returns:
         (B, h, N, e).
     """
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+    if not torch.jit.is_scripting() and dropout_p == 0 and _by_library([query, key, value]):
+        return attend_tile(query, key, value, None, query.shape[-1] ** -0.5 if scale is None else scale)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+
+
+@register_notrace_function
+def packed_softmax_attention(qkv: Tensor, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+    """`softmax_attention` of tokens to each other, (B, N, 3, h, d) -> (B, N, h, d).
+
+    Queries, keys and values that lie as one product gave them get one gradient that lies as it goes back there.
+    """
+    if not torch.jit.is_scripting() and dropout_p == 0 and _by_library([qkv]):
+        N = qkv.shape[1]
+        return attend_tiles(None, one_tile(N, N), qkv.shape[-1] ** -0.5 if scale is None else scale, N, qkv)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return softmax_attention(query, key, value, dropout_p, scale).transpose(1, 2)
+
+
+@torch.jit.unused
+def _by_library(tokens: list[Tensor]) -> bool:
+    if torch.is_autocast_enabled("cpu") or not (usable(*tokens) and eager(*tokens)):
+        return False
+    if len(tokens) == 1:
+        return 0 < tokens[0].shape[1] * tokens[0].shape[-1] <= MOST and tokens[0].numel() > 0
+    query, key, value = tokens
+    if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
+        return False
+    return query.numel() > 0 and 0 < key.shape[2] * key.shape[3] <= MOST
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -110,13 +147,17 @@ class SoftmaxAttention(nn.Module):
     ) -> Tensor:
         """(B, N, C) -> (B, N, C); every token may attend to `extra_kv`, each (B or 1, h, E, d), besides."""
         B, N, C = x.shape
-        query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        raw_query, raw_key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.q_norm(raw_query), self.k_norm(raw_key)
         if extra_kv is not None:
             key = torch.cat([key, extra_kv[0].to(key.dtype).expand(B, -1, -1, -1)], dim=2)
             value = torch.cat([value, extra_kv[1].to(value.dtype).expand(B, -1, -1, -1)], dim=2)
-        if self.fused_attn:
-            x = softmax_attention(query, key, value, self.attn_drop.p if self.training else 0.0)
+        if self.fused_attn and extra_kv is None and query is raw_query and key is raw_key:
+            x = packed_softmax_attention(qkv, dropout_p).transpose(1, 2)
+        elif self.fused_attn:
+            x = softmax_attention(query, key, value, dropout_p)
         else:  # the map passes through a module, where hooks can read it
             x = self.attn_drop(attention_weights(query, key)) @ value
         x = x.transpose(1, 2).reshape(B, N, C)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vizattn.attention import native
-from vizattn.attention.eager import derived_again, gradients_of
+from vizattn.layers.eager import derived_again, gradients_of
 
-__all__ = ["Tiling", "attend_tile", "attend_tiles"]
+__all__ = ["Tiling", "attend_tile", "attend_tiles", "one_tile"]
 
 
-#: Task in tiles.cpp: 13 tensors, steps of the 7 that have tokens, and 8 sizes.
-_TASK = native.layout(13, 7 * 3 + 8)
+#: Task in tiles.cpp: 13 tensors, steps of the 7 that have tokens, and 9 sizes.
+_TASK = native.layout(13, 7 * 3 + 9)
 
 
 class Tiling(NamedTuple):
@@ -29,13 +29,14 @@ class Tiling(NamedTuple):
     query_at: Tensor  # (T, q) int32: queries, -1 for none
     key_at: Tensor  # (T, s) int32: keys, each once in a tile, -1 for none; or (B, T, s)
     mask_at: Tensor | None  # (T,) int32: which of the P masks; None: the only one
+    once: bool = False  # whether each of the keys is in one tile
 
 
 def _sizes(tiling: Tiling, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
-    """Of the task: images, heads, channels, tiles, queries and keys of a tile, heads of biases, step of `key_at`."""
+    """Of the task: images, heads, channels, tiles, queries and keys of one, heads of biases, step of key_at, once."""
     key_at = tiling.key_at
     bias_heads, key_at_step = 1 if bias is None else bias.shape[1], key_at.stride(0) if key_at.dim() == 3 else 0
-    return out.shape[0], *out.shape[2:], *tiling.query_at.shape, key_at.shape[-1], bias_heads, key_at_step
+    return out.shape[0], *out.shape[2:], *tiling.query_at.shape, key_at.shape[-1], bias_heads, key_at_step, tiling.once
 
 
 def _split(tokens: Sequence[Tensor], N: int) -> tuple[Tensor, ...]:
@@ -65,7 +66,7 @@ def _forward(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tokens:
         "tiles_forward",
         _TASK,
         scale,
-        *native.addresses(*parts, bias, None, out, None, None, None, None, *tiling),
+        *native.addresses(*parts, bias, None, out, None, None, None, None, *tiling[:3]),
         *native.steps(*parts, out, None, None, None),
         *_sizes(tiling, bias, out),
     )
@@ -90,17 +91,17 @@ class _Attend(torch.autograd.Function):
             return d_bias, None, None, None, *d_tokens
         bias, grad = None if bias is None else bias.contiguous(), native.readable(grad)
         tokens = [native.side_by_side(x) for x in tokens]
-        # Of separate queries each is in a tile, and written once; to other gradients is added.
-        grads = [
-            native.like(x) if i == 0 and len(tokens) == 3 else native.like(x).zero_() for i, x in enumerate(tokens)
-        ]
+        # Each query is in one tile, and its gradient written once; so are others', if each key is.
+        keys = ctx.tiling.once
+        once = [True, keys, keys] if len(tokens) == 3 else [keys and tokens[0].shape[1] == ctx.N]
+        grads = [native.like(x) if o else native.like(x).zero_() for x, o in zip(tokens, once)]
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[0] else None
         parts, d_parts = _split(tokens, ctx.N), _split(grads, ctx.N)
         native.call(
             "tiles_backward",
             _TASK,
             ctx.scale,
-            *native.addresses(*parts, bias, grad, None, *d_parts, d_bias, *ctx.tiling),
+            *native.addresses(*parts, bias, grad, None, *d_parts, d_bias, *ctx.tiling[:3]),
             *native.steps(*parts, grad, *d_parts),
             *_sizes(ctx.tiling, bias, grad),
         )
@@ -130,10 +131,11 @@ def attend_tiles(bias: Tensor | None, tiling: Tiling, scale: float, N: int, *tok
 
 
 @functools.lru_cache(maxsize=64)
-def _one_tile(queries: int, keys: int) -> Tiling:
+def one_tile(queries: int, keys: int) -> Tiling:
+    """All queries attend to all keys."""
     with torch.inference_mode(False):
         query_at, key_at = (torch.arange(n, dtype=torch.int32, device="cpu")[None] for n in (queries, keys))
-        return Tiling(F.pad(query_at, (0, -queries % native.LANES), value=-1), key_at, None)
+        return Tiling(F.pad(query_at, (0, -queries % native.LANES), value=-1), key_at, None, once=True)
 
 
 def attend_tile(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -146,4 +148,4 @@ def attend_tile(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, 
         lanes, keys = -N % native.LANES, M - bias.shape[1]
         bias = (F.pad(bias, (0, lanes, 0, keys)) if lanes or keys else bias).float().unsqueeze(0)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return attend_tiles(bias, _one_tile(N, M), scale, N, query, key, value).transpose(1, 2)
+    return attend_tiles(bias, one_tile(N, M), scale, N, query, key, value).transpose(1, 2)

@@ -18,12 +18,12 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vizattn.attention.eager import eager
 from vizattn.attention.native import usable
 from vizattn.attention.softmax import softmax_attention
 from vizattn.attention.tiles_native import attend_tile
 from vizattn.attention.window_native import attend_windows
 from vizattn.errors import VizattnError
+from vizattn.layers.eager import eager
 
 __all__ = ["WindowAttention", "merge_windows", "partition_windows", "window_attention", "window_mask"]
 

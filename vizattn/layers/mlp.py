@@ -1,19 +1,22 @@
 """The MLP of transformer blocks, which on a CPU, unless it trains, does not write all hidden channels to one tensor."""
 
+import threading
+from collections.abc import Sequence
+from typing import Any
+
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 
+from vizattn.layers.eager import derived_again, eager
 from vizattn.layers.linear import Linear, eager_on_cpu
 
 __all__ = ["FrozenMlp", "Mlp"]
 
 #: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
 AT_ONCE = 1 << 22
-
-#: Where they are kept for a backward pass: more did not fit into the gaps that tokens leave, and took more memory.
-KEPT_AT_ONCE = 1 << 21
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity)
@@ -40,13 +43,19 @@ class FrozenMlp(Mlp):
 
 @torch.jit.unused
 def _pass_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
-    parts = _parts(mlp, x)
+    learning = torch.is_grad_enabled() and x.requires_grad
+    if not _may_part(mlp, x, learning):
+        return _pass(mlp, x)
+    tokens = x.flatten(0, 1)
+    parts = -(-len(tokens) * int(mlp.fc1.out_features) // AT_ONCE)  # type: ignore[arg-type]
     if parts == 1:
         return _pass(mlp, x)
-    tokens = x.flatten(0, 1).unsqueeze(0)
-    least, more = divmod(tokens.shape[1], parts)
-    outputs = [_pass(mlp, part) for part in tokens.split([least + (i < more) for i in range(parts)], dim=1)]
-    return torch.cat(outputs, dim=1).squeeze(0).unflatten(0, x.shape[:2])
+    if learning:
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        output = _Parts.apply(tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, mlp.act.approximate, parts)[0]
+    else:
+        output = torch.cat([_pass(mlp, part.unsqueeze(0)).squeeze(0) for part in tokens.tensor_split(parts)])
+    return output.unflatten(0, x.shape[:2])
 
 
 def _pass(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
@@ -54,21 +63,22 @@ def _pass(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
     return mlp.drop2(mlp.fc2(mlp.norm(x)))
 
 
-def _parts(mlp: timm.layers.Mlp, x: Tensor) -> int:
-    """Several where tokens are many, no layer mixes them, and nothing but the result can be seen from outside."""
+def _may_part(mlp: timm.layers.Mlp, x: Tensor, learning: bool) -> bool:
+    """Whether no layer mixes tokens, and nothing but the result can be seen from outside."""
     if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.ndim != 3 or not eager_on_cpu(x):
-        return 1
-    learning = torch.is_grad_enabled() and x.requires_grad
+        return False
     if isinstance(mlp, FrozenMlp) and not learning:
-        return 1
+        return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
-        return 1  # the gradients of weights would be summed up part by part
+        return False  # the gradients of weights would be summed up part by part
     layers = [mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2]
     watched = any(getattr(global_hooks, f"_global_{kind}_hooks") for kind in _HOOKS)
     if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
-        return 1
-    hidden: int = x.shape[:2].numel() * mlp.fc1.out_features  # type: ignore[assignment, operator]
-    return max(1, -(-hidden // (KEPT_AT_ONCE if learning else AT_ONCE)))
+        return False
+    if not learning:
+        return True
+    usual = type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity
+    return usual and eager(x) and not torch.is_autocast_enabled("cpu")
 
 
 def _by_token(layer: nn.Module) -> bool:
@@ -80,3 +90,79 @@ def _by_token(layer: nn.Module) -> bool:
     ):
         return False
     return not (isinstance(layer, nn.Dropout) and layer.training)
+
+
+class _Room(threading.local):
+    """Where a part's hidden channels pass through GELU: taken and freed between others, it would leave gaps."""
+
+    floats: Tensor | None = None
+
+    def like(self, x: Tensor) -> Tensor:
+        """Room of the shape of `x`."""
+        if self.floats is None or self.floats.numel() < x.numel():
+            self.floats = torch.empty(x.numel(), dtype=torch.float32, device="cpu")
+        return self.floats[: x.numel()].view_as(x)
+
+
+_room = _Room()
+
+
+class _Parts(torch.autograd.Function):
+    """A frozen MLP with GELU on (N, C), in parts each of which writes to its place in the result.
+
+    Hidden channels before GELU are kept. They are returned, too, for a backward pass that is derived itself to have
+    where they come from without keeping the input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        approximate: str,
+        parts: int,
+    ) -> tuple[Tensor, ...]:
+        output = x.new_empty(len(x), len(weight2))
+        hidden = []
+        for part, out in zip(x.tensor_split(parts), output.tensor_split(parts)):
+            hidden.append(F.linear(part, weight1, bias1))
+            activated = torch.ops.aten.gelu.out(hidden[-1], approximate=approximate, out=_room.like(hidden[-1]))
+            if bias2 is None:
+                torch.mm(activated, weight2.t(), out=out)
+            else:
+                torch.addmm(bias2, activated, weight2.t(), out=out)
+        ctx.save_for_backward(weight1, weight2, *hidden)
+        ctx.set_materialize_grads(False)
+        ctx.approximate = approximate
+        return output, *hidden
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight1, weight2, *hidden = ctx.saved_tensors
+        with torch.autocast(weight1.device.type, enabled=False):  # somebody may call backward inside autocast
+            if grad is not None and not derived_again(grad) and all(more is None for more in grads):
+                d_x = grad.new_empty(len(grad), weight1.shape[1])
+                for part, kept, out in zip(_split(grad, hidden), hidden, _split(d_x, hidden)):
+                    d = torch.mm(part, weight2, out=_room.like(kept))
+                    torch.ops.aten.gelu_backward.grad_input(d, kept, approximate=ctx.approximate, grad_input=d)
+                    torch.mm(d, weight1, out=out)
+            else:
+                parts = [None] * len(hidden) if grad is None else _split(grad, hidden)
+                each = zip(parts, hidden, grads)
+                d_x = torch.cat([_derived(*one, weight2, ctx.approximate) @ weight1 for one in each])
+        return d_x, None, None, None, None, None, None
+
+
+def _split(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return x.tensor_split(len(like))
+
+
+def _derived(grad: Tensor | None, hidden: Tensor, more: Tensor | None, weight2: Tensor, approximate: str) -> Tensor:
+    """The gradient of a part's hidden channels, of its result's and `more` of their own, by plain operations."""
+    if grad is None:
+        return torch.zeros_like(hidden) if more is None else more
+    d_hidden = torch.ops.aten.gelu_backward(grad @ weight2, hidden, approximate=approximate)
+    return d_hidden if more is None else d_hidden + more

@@ -184,6 +184,7 @@ INLINE void products_of(const float *weights, int64_t step_n, int64_t step_k, in
     constexpr int K = rows_at_once(L);
     int64_t row = 0;
     for (; row + K <= rows; row += K) product<L, K, C>(weights, step_n, step_k, count, in, row, first, start, end);
+    for (; row + 4 <= rows; row += 4) product<L, 4, C>(weights, step_n, step_k, count, in, row, first, start, end);
     for (; row < rows; row++) product<L, 1, C>(weights, step_n, step_k, count, in, row, first, start, end);
 }
 

@@ -2,7 +2,8 @@
 //
 // Scores have one query in each lane of a vector, to which the channels of a key are broadcast. Sums that have channels
 // (outputs and all gradients) have these in the lanes, and a probability is broadcast. What a tile of few keys needs
-// stays in the first cache; keys and values are read where they lie, and nothing is written but results.
+// stays in the first cache; keys and values are read where they lie, but for many queries, to which they are brought
+// side by side. Nothing is written but results.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -16,19 +17,23 @@ struct Task {
     float *out, *d_query, *d_key, *d_value, *d_bias;
     const int32_t *query_at, *key_at, *mask_at;
     int64_t query_step[3], key_step[3], value_step[3], out_step[3], d_query_step[3], d_key_step[3], d_value_step[3];
-    int64_t images, heads, channels, tiles, queries, keys, bias_heads, key_at_step, lanes, threads;
+    int64_t images, heads, channels, tiles, queries, keys, bias_heads, key_at_step, once, lanes, threads;
 };
 
 namespace {
 
+// Queries of a tile from which on reading far-off keys again and again takes longer than bringing them near once.
+constexpr int64_t MANY = 128;
+
 // What one thread works with.
 struct Room {
-    std::unique_ptr<float[]> floats;  // nothing of it is read before it is written
+    std::unique_ptr<float[]> floats, near;  // nothing of them is read before it is written
     std::vector<const float *> keys, values, biases;
-    std::vector<float *> d_keys, d_values, d_biases;
+    std::vector<float *> d_keys, d_values, d_biases, far_d_keys, far_d_values;
 
     explicit Room(const Task &t)
         : floats(new float[MOST_LANES * (t.grad ? 4 * t.keys + 8 * t.channels + 1 : 2 * t.keys + 2 * t.channels + 1)]),
+          near(new float[t.queries < MANY ? 0 : MOST_LANES + (t.grad ? 4 : 2) * t.keys * t.channels]),
           keys(t.keys), values(t.keys), biases(t.keys), d_keys(t.keys), d_values(t.keys), d_biases(t.keys) {}
 };
 
@@ -135,6 +140,34 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
         send(p, grad, room.d_values.data());
     };
 
+    const auto copy = [&](const float *from, float *to) INLINED {
+        for (int64_t c = 0; c < d; c += L) V::store(to + c, V::load(from + c));
+    };
+    const auto add = [&](const float *from, float *to) INLINED {
+        for (int64_t c = 0; c < d; c += L) V::store(to + c, V::load(to + c) + V::load(from + c));
+    };
+
+    // The rows of the room are brought side by side, and gradients to zeros there.
+    const auto bring = [&](int64_t count) INLINED {
+        float *near = aligned(room.near.get());
+        for (auto *rows : {&room.keys, &room.values})
+            for (int64_t k = 0; k < count; k++, near += d) {
+                copy((*rows)[k], near);
+                (*rows)[k] = near;
+            }
+        if (!backward) return;
+        room.far_d_keys = room.d_keys, room.far_d_values = room.d_values;
+        std::fill(near, near + 2 * count * d, 0.0f);
+        for (auto *rows : {&room.d_keys, &room.d_values})
+            for (int64_t k = 0; k < count; k++, near += d) (*rows)[k] = near;
+    };
+    const auto send_back = [&](int64_t count) INLINED {
+        for (int64_t k = 0; k < count; k++) {
+            if (t.once) copy(room.d_keys[k], room.far_d_keys[k]), copy(room.d_values[k], room.far_d_values[k]);
+            else add(room.d_keys[k], room.far_d_keys[k]), add(room.d_values[k], room.far_d_values[k]);
+        }
+    };
+
     const auto tiled = [&](int64_t tile) INLINED {
         const int32_t *key_at = t.key_at + image * t.key_at_step + tile * t.keys, *query_at = t.query_at + tile * t.queries;
         const int64_t table = (t.mask_at ? t.mask_at[tile] : 0) * t.bias_heads + (t.bias_heads > 1 ? head : 0);
@@ -151,6 +184,12 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             }
             count++;
         }
+        const bool many = t.queries >= MANY;
+        if (many) bring(count);
+        else for (int64_t k = 0; backward && t.once && k < count; k++) {
+            std::fill(room.d_keys[k], room.d_keys[k] + d, 0.0f);
+            std::fill(room.d_values[k], room.d_values[k] + d, 0.0f);
+        }
         for (int64_t lane = 0; lane < t.queries; lane += 2 * L) {
             const int32_t *at = query_at + lane;
             int64_t places = std::min<int64_t>(2 * L, t.queries - lane);
@@ -160,6 +199,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             else if (places - one > 0) attend(std::integral_constant<int, 1>(), at, places - one, lane, count);
             if (one) attend_one(at[places - 1], lane + places - 1, count);
         }
+        if (backward && many) send_back(count);
     };
     for (int64_t tile = 0; tile < t.tiles; tile++)
         for (head = heads.first; head < heads.first + heads.count; head++) tiled(tile);
@@ -182,7 +222,7 @@ void run(const Task &t, void (*one)(const Task &, int64_t, const Heads &, Room &
 }  // namespace
 
 extern "C" {
-int64_t version() { return 7; }  // of all tasks, as in compiled.py
+int64_t version() { return 8; }  // of all tasks, as in compiled.py
 void tiles_forward(const Task *task) { run(*task, chosen<false>(task->lanes)); }
 void tiles_backward(const Task *task) { run(*task, chosen<true>(task->lanes)); }
 }
