@@ -63,9 +63,9 @@ class _Attend(torch.autograd.Function):
         biases = [None if bias is None else bias.contiguous() for bias in inputs[4:]]
         kept = collected.contiguous(), norms.contiguous()
         grads = [native.like(x) for x in tokens]
+        new = torch.empty_like if len(grad) else torch.zeros_like  # written for the first image, added to for others
         d_biases = [
-            torch.zeros_like(bias) if bias is not None and needed else None
-            for bias, needed in zip(biases, ctx.needs_input_grad[5:])
+            new(bias) if bias is not None and needed else None for bias, needed in zip(biases, ctx.needs_input_grad[5:])
         ]
         native.call(
             "agent_backward",

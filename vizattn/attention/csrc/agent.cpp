@@ -113,10 +113,15 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         constexpr int W = vectors * L;
         for (int64_t a = 0; to && a < A; a++) {
             float *row = to + a * tokens + n;
+            const float *more = ds + a * W;
             fetch<L, vectors>(row + W);
             int64_t l = 0;
-            for (; l + L <= places; l += L) V::store(row + l, V::load(row + l) + V::load(ds + a * W + l));
-            for (; l < places; l++) row[l] += ds[a * W + l];
+            if (image == 0) {  // the first of those whose sum it is
+                for (; l + L <= places; l += L) V::store(row + l, V::load(more + l));
+                for (; l < places; l++) row[l] = more[l];
+            }
+            for (; l + L <= places; l += L) V::store(row + l, V::load(row + l) + V::load(more + l));
+            for (; l < places; l++) row[l] += more[l];
         }
     };
 
@@ -139,14 +144,16 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
             score_rows(vectors, by_channel, agents + i * size, bias_of(t.key_bias, head, t.keys), t.keys, n, places, p);
             hide(places, W);
             // The exponentials are of what is left of `top`, which follows the greatest score where it must.
-            Float over = Float{} - INFINITY;
+            Float over[Q];
+            for (int q = 0; q < Q; q++) over[q] = Float{} - INFINITY;
             for (int64_t a = 0; a < A; a++)
                 for (int q = 0; q < Q; q++) {
                     const Float x = V::load(p + a * W + q * L) - top[a];
-                    over = x > over ? x : over;
+                    over[q] = x > over[q] ? x : over[q];
                 }
-            float most = over[0];
-            for (int l = 1; l < L; l++) most = std::max(most, over[l]);
+            for (int q = 1; q < Q; q++) over[0] = over[q] > over[0] ? over[q] : over[0];
+            float most = over[0][0];
+            for (int l = 1; l < L; l++) most = std::max(most, over[0][l]);
             for (int64_t a = 0; most > 20.0f && a < A; a++) {
                 Float highest = V::load(p + a * W);
                 for (int q = 1; q < Q; q++) {

@@ -127,18 +127,27 @@ template <int L> struct Lanes {
 // one over their sum.
 template <int L> INLINE typename Lanes<L>::Float softmax(float *rows, int64_t step, int64_t count) {
     typedef Lanes<L> V;
-    typename V::Float top = V::load(rows), total{};
-    for (int64_t k = 1; k < count; k++) {
-        const typename V::Float x = V::load(rows + k * step);
-        top = x > top ? x : top;
-    }
-    for (int64_t k = 0; k < count; k++) {
-        typename V::Float x = V::load(rows + k * step) - top;
+    typedef typename V::Float Float;
+    constexpr int P = 4;  // parts, none of which waits for the last step of another
+    Float top[P], total[P] = {};
+    for (int p = 0; p < P; p++) top[p] = V::load(rows);
+    const auto higher = [&](Float &than, const Float &x) INLINED { than = x > than ? x : than; };
+    const auto raise = [&](int p, int64_t k) INLINED {
+        Float x = V::load(rows + k * step) - top[0];
         V::exp2(x);
         V::store(rows + k * step, x);
-        total += x;
-    }
-    return 1.0f / total;
+        total[p] += x;
+    };
+    int64_t k = 0;
+    for (; k + P <= count; k += P)
+        for (int p = 0; p < P; p++) higher(top[p], V::load(rows + (k + p) * step));
+    for (; k < count; k++) higher(top[0], V::load(rows + k * step));
+    for (int p = 1; p < P; p++) higher(top[0], top[p]);
+    for (k = 0; k + P <= count; k += P)
+        for (int p = 0; p < P; p++) raise(p, k + p);
+    for (; k < count; k++) raise(0, k);
+    for (int p = 1; p < P; p++) total[0] += total[p];
+    return 1.0f / total[0];
 }
 
 // For `product`: rows that are `step` floats apart.

@@ -66,8 +66,14 @@ INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t
 template <int L>
 INLINE void derive_softmax(const float *rows, float *grads, int64_t step, int64_t count, const typename Lanes<L>::Float &share) {
     typedef Lanes<L> V;
-    typename V::Float mean{};  // under the probabilities, which the softmax takes off
-    for (int64_t k = 0; k < count; k++) mean += V::load(rows + k * step) * V::load(grads + k * step);
+    constexpr int P = 4;  // parts, none of which waits for the last step of another
+    typename V::Float means[P] = {}, mean;  // under the probabilities, which the softmax takes off
+    const auto add = [&](int p, int64_t k) INLINED { means[p] += V::load(rows + k * step) * V::load(grads + k * step); };
+    int64_t first = 0;
+    for (; first + P <= count; first += P)
+        for (int p = 0; p < P; p++) add(p, first + p);
+    for (; first < count; first++) add(0, first);
+    mean = (means[0] + means[1]) + (means[2] + means[3]);
     mean *= share;
     for (int64_t k = 0; k < count; k++)
         V::store(grads + k * step, (V::load(grads + k * step) - mean) * V::load(rows + k * step));
