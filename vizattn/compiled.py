@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["VERSION", "load"]
 
 #: Of all tasks, as in tiles.cpp: a library compiled from an older source is not used.
-VERSION = 8
+VERSION = 9
 
 
 _OFF = ("0", "false", "no", "off")

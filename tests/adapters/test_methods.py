@@ -410,9 +410,15 @@ def test_frozen_attentions_are_as_before_in_less_time(options, monkeypatch):
         torch.testing.assert_close(attn(tokens, **kwargs), before(tokens, **kwargs))
     assert not seen
     grads = [torch.autograd.grad(each(tokens).pow(2).sum(), tokens)[0] for each in (attn, before)]
-    assert seen == [] if "qk_norm" in options else [1]
+    assert seen == ([] if "qk_norm" in options else [1])
+    called = []
+    hook = attn.norm.register_forward_pre_hook(lambda *_: called.append(1))
+    attn(tokens)
+    hook.remove()
+    assert called == [1]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-    torch.jit.script(vizattn.attach(create("vit"), "linear_probe").blocks[0].attn)
+    alone = vizattn.attach(create("vit", **options), "linear_probe").blocks[0].attn
+    torch.testing.assert_close(torch.jit.script(alone)(tokens), alone(tokens))
     vizattn.detach(model)
     assert type(attn) is type(before)
 

@@ -17,6 +17,7 @@ from vizattn.attention import (
     SoftmaxAttention,
     attention_class,
     attention_weights,
+    softmax,
     softmax_attention,
 )
 
@@ -177,3 +178,17 @@ def test_every_mechanism_draws_its_own_parameters_anew(name: str) -> None:
     if own:
         module.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in own.values())
+
+
+def test_symbolic_tracing_sees_plain_operations() -> None:
+    module, x = SoftmaxAttention(32, 2).eval(), torch.randn(2, 5, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(module, {"extra_kv": None})(x), module(x))
+
+
+def test_nested_tensors_and_many_tokens_are_left_to_torch() -> None:
+    nested = [torch.nested.nested_tensor([torch.randn(2, n, 16) for n in (3, 5)]) for _ in range(3)]
+    for found, *parts in zip(softmax_attention(*nested).unbind(), *(x.unbind() for x in nested)):
+        torch.testing.assert_close(found, softmax_attention(*(x.unsqueeze(0) for x in parts)).squeeze(0))
+    few, many = torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4097, 16)
+    assert softmax._by_library([few] * 3) is (softmax.usable(few))
+    assert not softmax._by_library([few, many, many])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from unittest import mock
 
@@ -12,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,10 +109,39 @@ def test_kept_parts_end_with_the_result() -> None:
     x = torch.randn(2, 5, 6, requires_grad=True)
     with mock.patch.object(mlp, "AT_ONCE", 40):
         y = layer(x)
-    kept = [weakref.ref(saved) for saved in y.grad_fn.next_functions[0][0].saved_tensors[2:]]
-    assert len(kept) == 3
+    saved = y.grad_fn.next_functions[0][0].saved_tensors[2:]
+    kept = [StorageWeakRef(part.untyped_storage()) for part in saved]
+    del saved
+    assert [part.expired() for part in kept] == [False] * 3
     del y
-    assert all(saved() is None for saved in kept)
+    assert all(part.expired() for part in kept)
+
+
+def test_weights_that_are_no_parameters_get_their_gradient() -> None:
+    layer, _ = pair()
+    layer.requires_grad_(False)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    made = layer.fc1.weight.detach().requires_grad_()
+    del layer.fc1.weight
+    layer.fc1.weight = made * 2
+    with mock.patch.object(mlp, "AT_ONCE", 40):
+        layer(x).sum().backward()
+    assert made.grad is not None and made.grad.norm() > 0
+
+
+def test_tangents_of_weights_and_weights_of_other_kinds() -> None:
+    layer, theirs = pair()
+    for each in (layer, theirs):
+        each.requires_grad_(False)
+    x, change = torch.randn(2, 5, 6, requires_grad=True), torch.randn(10, 6)
+    with mock.patch.object(mlp, "AT_ONCE", 40), forward_ad.dual_level():
+        tangents = []
+        for each in (layer, theirs):
+            weight = each.fc1.weight.detach()
+            del each.fc1.weight
+            each.fc1.weight = forward_ad.make_dual(weight, change)
+            tangents.append(forward_ad.unpack_dual(each(x)).tangent)
+    torch.testing.assert_close(*tangents)
 
 
 class Quantised(nn.Linear):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vizattn.adapters.edits import Edits
 from vizattn.attention import packed_softmax_attention
+from vizattn.layers.eager import watched
 from vizattn.layers.mlp import FrozenMlp
 
 __all__ = ["FrozenAttention", "lighten"]
@@ -37,7 +38,8 @@ class FrozenAttention(timm.layers.Attention):
     def _usual(self, x: Tensor) -> bool:
         if not (torch.is_grad_enabled() and x.requires_grad and self.fused_attn) or self.gate is not None:
             return False
-        return all(type(norm) is nn.Identity for norm in (self.q_norm, self.k_norm, self.norm))
+        norms = self.q_norm, self.k_norm, self.norm
+        return all(type(norm) is nn.Identity for norm in norms) and not watched(*norms, self.attn_drop)
 
     @torch.jit.unused
     def _packed(self, x: Tensor) -> Tensor:

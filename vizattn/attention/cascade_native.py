@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from vizattn.attention import native
 from vizattn.layers.conv_norm import ConvNorm, LinearNorm
-from vizattn.layers.eager import eager
+from vizattn.layers.eager import eager, watched
 
 __all__ = ["attend_cascade", "cascade_layers"]
 
@@ -40,9 +39,8 @@ def _tensors(module: nn.Module, shape: tuple[int, int], eps: set[float]) -> _Ten
             return None
     elif type(module) not in (nn.Linear, nn.Conv2d):
         return None
-    for part in parts:
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            return None
+    if watched(*parts):
+        return None
     layer = parts[0] if len(parts) == 1 else parts[1]
     try:
         found = [layer._parameters[name] for name in ("weight", "bias")]
@@ -78,8 +76,6 @@ def cascade_layers(
     qkvs: Iterable[nn.Module], dws: Iterable[nn.Module], head_dim: int, key_dim: int
 ) -> tuple[float, list[_Tensors]] | None:
     """The eps of all norms and the tensors of all layers, or None where the library cannot do what they do."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return None
     eps: set[float] = set()
     layers: list[_Tensors] = []
     for qkv, dw in zip(qkvs, dws):

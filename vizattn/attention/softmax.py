@@ -60,7 +60,7 @@ def packed_softmax_attention(qkv: Tensor, dropout_p: float = 0.0, scale: float |
 
 @torch.jit.unused
 def _by_library(tokens: list[Tensor]) -> bool:
-    if torch.is_autocast_enabled("cpu") or not (usable(*tokens) and eager(*tokens)):
+    if torch.is_autocast_enabled("cpu") or not (eager(*tokens) and usable(*tokens)):
         return False
     if len(tokens) == 1:
         return 0 < tokens[0].shape[1] * tokens[0].shape[-1] <= MOST and tokens[0].numel() > 0

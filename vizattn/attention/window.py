@@ -136,7 +136,7 @@ def window_attention(
 
 @torch.jit.unused
 def _by_library(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    if torch.is_autocast_enabled("cpu") or not (usable(query, key, value) and eager(query, key, value, bias)):
+    if torch.is_autocast_enabled("cpu") or not (eager(query, key, value, bias) and usable(query, key, value)):
         return False
     if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
         return False
@@ -292,7 +292,7 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """Queries (B, H * W, h, d), keys and values (B, E + H * W, h, d), or qkv with more queries -> (B, H * W, C)."""
         table, N = self.relative_position_bias_table, grid_size[0] * grid_size[1]
-        if dropout_p == 0 and usable(*tokens) and eager(*tokens, table):
+        if dropout_p == 0 and eager(*tokens, table) and usable(*tokens):
             scale = self.head_dim**-0.5
             return attend_windows(table, self.window_size, grid_size, window, shift, scale, *tokens).flatten(2)
         query, key, value = tokens[0].unbind(2) if len(tokens) == 1 else tokens

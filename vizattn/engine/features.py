@@ -53,6 +53,7 @@ def feature_key(model: nn.Module, dataset: Any, *, level: str, transform: str, a
     import torchvision
 
     from vizattn.adapters import fingerprint
+    from vizattn.attention import native
     from vizattn.version import __version__
 
     device = next(model.parameters()).device
@@ -67,6 +68,7 @@ def feature_key(model: nn.Module, dataset: Any, *, level: str, transform: str, a
         # Rounding differs between devices and instruction sets.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "library": native.library is not None,
         "versions": [__version__, torch.__version__, torchvision.__version__, timm.__version__, PIL.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

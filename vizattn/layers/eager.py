@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
-__all__ = ["derived_again", "eager", "gradients_of", "transformed"]
+__all__ = ["derived_again", "eager", "gradients_of", "transformed", "watched"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -47,8 +48,21 @@ def eager(*tensors: Tensor | None) -> bool:
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.is_meta or x.is_neg():
+        if type(x) not in _PLAIN or x.is_meta or x.is_neg() or x.is_nested:
             return False
         if forward_mode and forward_ad.unpack_dual(x).tangent is not None:
             return False
     return True
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether more than their class is called with modules: hooks, of theirs or of all, or a forward of their own."""
+    of_all = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+    if of_all or every_module._global_backward_hooks or every_module._global_backward_pre_hooks:
+        return True
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "forward" in m.__dict__:
+            return True
+    return False

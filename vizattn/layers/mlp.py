@@ -1,16 +1,14 @@
 """The MLP of transformer blocks, which on a CPU, unless it trains, does not write all hidden channels to one tensor."""
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as global_hooks
 
-from vizattn.layers.eager import derived_again, eager
+from vizattn.layers.eager import derived_again, eager, watched
 from vizattn.layers.linear import Linear, eager_on_cpu
 
 __all__ = ["FrozenMlp", "Mlp"]
@@ -18,7 +16,6 @@ __all__ = ["FrozenMlp", "Mlp"]
 #: Hidden channels of all tokens of a part at most, 16 MB: of much more, the pages are new to the process each time.
 AT_ONCE = 1 << 22
 
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _BY_TOKEN = (nn.Linear, Linear, nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity)
 
 
@@ -51,8 +48,7 @@ def _pass_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
     if parts == 1:
         return _pass(mlp, x)
     if learning:
-        fc1, fc2 = mlp.fc1, mlp.fc2
-        output = _Parts.apply(tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, mlp.act.approximate, parts)[0]
+        output = _Parts.apply(tokens, *_weights(mlp), mlp.act.approximate, parts)[0]
     else:
         output = torch.cat([_pass(mlp, part.unsqueeze(0)).squeeze(0) for part in tokens.tensor_split(parts)])
     return output.unflatten(0, x.shape[:2])
@@ -72,24 +68,24 @@ def _may_part(mlp: timm.layers.Mlp, x: Tensor, learning: bool) -> bool:
     if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
         return False  # the gradients of weights would be summed up part by part
     layers = [mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2]
-    watched = any(getattr(global_hooks, f"_global_{kind}_hooks") for kind in _HOOKS)
-    if watched or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
+    if watched(*layers) or torch._C._len_torch_dispatch_stack() or not all(_by_token(layer) for layer in layers):  # type: ignore[attr-defined]
         return False
     if not learning:
         return True
-    usual = type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity
-    return usual and eager(x) and not torch.is_autocast_enabled("cpu")
+    if type(mlp.act) is not nn.GELU or type(mlp.norm) is not nn.Identity or torch.is_autocast_enabled("cpu"):
+        return False
+    weights = _weights(mlp)  # which may be no parameters
+    dense = all(w is None or (w.layout is torch.strided and not w.requires_grad) for w in weights)
+    return dense and eager(x, *weights)
+
+
+def _weights(mlp: Any) -> tuple[Tensor | None, ...]:
+    return mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
 
 
 def _by_token(layer: nn.Module) -> bool:
-    """Whether it is one of those that are known to do the same to each token, and neither changed nor watched."""
-    if (
-        type(layer) not in _BY_TOKEN
-        or "forward" in layer.__dict__
-        or any(getattr(layer, f"_{k}_hooks") for k in _HOOKS)
-    ):
-        return False
-    return not (isinstance(layer, nn.Dropout) and layer.training)
+    """Whether it is one of those that are known to do the same to each token."""
+    return type(layer) in _BY_TOKEN and not (isinstance(layer, nn.Dropout) and layer.training)
 
 
 class _Room(threading.local):
@@ -142,22 +138,19 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight1, weight2, *hidden = ctx.saved_tensors
+        n = len(hidden)
         with torch.autocast(weight1.device.type, enabled=False):  # somebody may call backward inside autocast
             if grad is not None and not derived_again(grad) and all(more is None for more in grads):
                 d_x = grad.new_empty(len(grad), weight1.shape[1])
-                for part, kept, out in zip(_split(grad, hidden), hidden, _split(d_x, hidden)):
+                for part, kept, out in zip(grad.tensor_split(n), hidden, d_x.tensor_split(n)):
                     d = torch.mm(part, weight2, out=_room.like(kept))
                     torch.ops.aten.gelu_backward.grad_input(d, kept, approximate=ctx.approximate, grad_input=d)
                     torch.mm(d, weight1, out=out)
             else:
-                parts = [None] * len(hidden) if grad is None else _split(grad, hidden)
+                parts = [None] * n if grad is None else grad.tensor_split(n)
                 each = zip(parts, hidden, grads)
                 d_x = torch.cat([_derived(*one, weight2, ctx.approximate) @ weight1 for one in each])
         return d_x, None, None, None, None, None, None
-
-
-def _split(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return x.tensor_split(len(like))
 
 
 def _derived(grad: Tensor | None, hidden: Tensor, more: Tensor | None, weight2: Tensor, approximate: str) -> Tensor:
