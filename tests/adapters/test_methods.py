@@ -392,8 +392,8 @@ def test_frozen_mlps_pass_few_tokens_at_a_time_while_others_train(row, monkeypat
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"qk_norm": True}, {"attn_drop_rate": 0.5}])
-def test_frozen_attentions_are_as_before_in_less_time(options, monkeypatch):
-    """In training with one gradient for queries, keys and values; all else is timm's own."""
+def test_frozen_attentions_have_one_gradient_for_queries_keys_and_values(options, monkeypatch):
+    """All else is timm's own."""
     model, seen = create("vit", **options), []
     copied = copy.deepcopy(model)
     packed = frozen.packed_softmax_attention

@@ -129,7 +129,7 @@ def test_weights_that_are_no_parameters_get_their_gradient() -> None:
     assert made.grad is not None and made.grad.norm() > 0
 
 
-def test_tangents_of_weights_and_weights_of_other_kinds() -> None:
+def test_tangents_of_weights() -> None:
     layer, theirs = pair()
     for each in (layer, theirs):
         each.requires_grad_(False)

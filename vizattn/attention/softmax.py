@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.native import usable
-from vizattn.attention.tiles_native import attend_tile, attend_tiles, one_tile
+from vizattn.attention.tiles_native import attend_tile, attend_tiles, fit, one_tile
 from vizattn.errors import VizattnError
 from vizattn.layers.eager import eager
 
@@ -46,16 +46,16 @@ def softmax_attention(
 
 
 @register_notrace_function
-def packed_softmax_attention(qkv: Tensor, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+def packed_softmax_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """`softmax_attention` of tokens to each other, (B, N, 3, h, d) -> (B, N, h, d).
 
     Queries, keys and values that lie as one product gave them get one gradient that lies as it goes back there.
     """
     if not torch.jit.is_scripting() and dropout_p == 0 and _by_library([qkv]):
         N = qkv.shape[1]
-        return attend_tiles(None, one_tile(N, N), qkv.shape[-1] ** -0.5 if scale is None else scale, N, qkv)
+        return attend_tiles(None, one_tile(N, N), qkv.shape[-1] ** -0.5, N, qkv)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return softmax_attention(query, key, value, dropout_p, scale).transpose(1, 2)
+    return softmax_attention(query, key, value, dropout_p).transpose(1, 2)
 
 
 @torch.jit.unused
@@ -65,9 +65,7 @@ def _by_library(tokens: list[Tensor]) -> bool:
     if len(tokens) == 1:
         return 0 < tokens[0].shape[1] * tokens[0].shape[-1] <= MOST and tokens[0].numel() > 0
     query, key, value = tokens
-    if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
-        return False
-    return query.numel() > 0 and 0 < key.shape[2] * key.shape[3] <= MOST
+    return fit(query, key, value) and query.numel() > 0 and 0 < key.shape[2] * key.shape[3] <= MOST
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vizattn.attention import native
 from vizattn.layers.eager import derived_again, gradients_of
 
-__all__ = ["Tiling", "attend_tile", "attend_tiles", "one_tile"]
+__all__ = ["Tiling", "attend_tile", "attend_tiles", "fit", "one_tile"]
 
 
 #: Task in tiles.cpp: 13 tensors, steps of the 7 that have tokens, and 9 sizes.
@@ -136,6 +136,11 @@ def one_tile(queries: int, keys: int) -> Tiling:
     with torch.inference_mode(False):
         query_at, key_at = (torch.arange(n, dtype=torch.int32, device="cpu")[None] for n in (queries, keys))
         return Tiling(F.pad(query_at, (0, -queries % native.LANES), value=-1), key_at, None, once=True)
+
+
+def fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether shapes are those of `attend_tile`, nothing being broadcast."""
+    return query.dim() == 4 and key.shape == value.shape and query[:, :, :0].shape == key[:, :, :0].shape
 
 
 def attend_tile(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

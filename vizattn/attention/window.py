@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vizattn.attention.native import usable
 from vizattn.attention.softmax import softmax_attention
-from vizattn.attention.tiles_native import attend_tile
+from vizattn.attention.tiles_native import attend_tile, fit
 from vizattn.attention.window_native import attend_windows
 from vizattn.errors import VizattnError
 from vizattn.layers.eager import eager
@@ -138,7 +138,7 @@ def window_attention(
 def _by_library(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
     if torch.is_autocast_enabled("cpu") or not (eager(query, key, value, bias) and usable(query, key, value)):
         return False
-    if query.dim() != 4 or key.shape != value.shape or query[:, :, :0].shape != key[:, :, :0].shape:
+    if not fit(query, key, value):
         return False
     h, L = query.shape[1:3]
     return key.shape[2] >= L and (bias is None or bias.shape == (h, L, L))

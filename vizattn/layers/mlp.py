@@ -61,7 +61,7 @@ def _pass(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
 
 def _may_part(mlp: timm.layers.Mlp, x: Tensor, learning: bool) -> bool:
     """Whether no layer mixes tokens, and nothing but the result can be seen from outside."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.ndim != 3 or not eager_on_cpu(x):
+    if not eager(x) or x.ndim != 3 or not eager_on_cpu(x):
         return False
     if isinstance(mlp, FrozenMlp) and not learning:
         return False
@@ -76,7 +76,7 @@ def _may_part(mlp: timm.layers.Mlp, x: Tensor, learning: bool) -> bool:
         return False
     weights = _weights(mlp)  # which may be no parameters
     dense = all(w is None or (w.layout is torch.strided and not w.requires_grad) for w in weights)
-    return dense and eager(x, *weights)
+    return dense and eager(*weights)
 
 
 def _weights(mlp: Any) -> tuple[Tensor | None, ...]:
