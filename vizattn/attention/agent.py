@@ -7,6 +7,7 @@ Shapes: B batch, H x W patch tokens, P prefix tokens, N = P + H * W, E extra key
 d channels a head, C = h * d, A agents.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.agent_native import attend_agents
-from vizattn.attention.native import usable
+from vizattn.attention.native import LANES, ready
 from vizattn.errors import VizattnError
-from vizattn.layers.eager import eager, transformed
+from vizattn.layers.eager import transformed
 
 __all__ = ["AgentAttention", "agent_attention", "agent_weights", "resize_agent_tables"]
 
@@ -117,17 +118,27 @@ def _by_maps(
 def _by_library(
     query: Tensor, key: Tensor, value: Tensor, agents: Tensor, key_bias: Tensor | None, query_bias: Tensor | None
 ) -> bool:
-    biases = [bias for bias in (key_bias, query_bias) if bias is not None]
-    if torch.is_autocast_enabled("cpu") or not usable(query, key, value, agents):
+    if torch.is_autocast_enabled("cpu") or not ready(query, key, value, agents, key_bias, query_bias):
         return False
-    if not eager(query, key, value, agents, *biases) or query.dim() != 4 or key.dim() != 4 or agents.dim() != 4:
+    of_keys, of_queries = (None if bias is None else bias.shape for bias in (key_bias, query_bias))
+    return _fit(query.shape, key.shape, value.shape, agents.shape, of_keys, of_queries)
+
+
+@functools.lru_cache(maxsize=256)
+def _fit(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    agents: tuple[int, ...],
+    key_bias: tuple[int, ...] | None,
+    query_bias: tuple[int, ...] | None,
+) -> bool:
+    """Whether shapes are those of `agent_attention`, and the library's; only biases are broadcast, to images."""
+    if not len(query) == len(key) == len(agents) == 4:
         return False
-    (B, h, N, d), M, A = query.shape, key.shape[2], agents.shape[2]
-    alike = key.shape == value.shape == (B, h, M, d) and agents.shape == (B, h, A, d) and M > 0 and A > 0
-    for bias, keys in ((key_bias, M), (query_bias, N)):
-        of_bias = None if bias is None else (bias.device, bias.layout, bias.dtype, bias.shape)
-        alike = alike and of_bias in (None, (query.device, query.layout, query.dtype, (1, h, A, keys)))
-    return alike
+    (B, h, N, d), M, A = query, key[2], agents[2]
+    tokens = key == value == (B, h, M, d) and agents == (B, h, A, d) and M > 0 and A > 0 and d > 0 and d % LANES == 0
+    return tokens and key_bias in (None, (1, h, A, M)) and query_bias in (None, (1, h, A, N))
 
 
 def _resize(table: Tensor, H: int, W: int) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: B images, N queries, M keys, A agents, h heads, d channels a head.
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,20 @@ __all__ = ["attend_agents"]
 
 #: AgentTask in agent.cpp: 16 tensors, steps of the 10 that have tokens, and 6 sizes.
 _TASK = native.layout(16, 10 * 3 + 6)
+_TENSORS, _NUMBERS = native.layout(16, 0), struct.Struct("@36q")
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(
+    query: tuple[int, ...], agents: tuple[int, ...], M: int, *strides: tuple[int, ...]
+) -> tuple[bytes, tuple[int, ...]]:
+    """Steps and sizes of a forward pass, by shapes and the strides of queries, keys, values and agents; the output's.
+
+    Kept, as to put them together took a twentieth of the time over few tokens.
+    """
+    (B, h, N, d), A = query, agents[2]
+    out = N * h * d, d, h * d, 1
+    return _NUMBERS.pack(*[s for x in (*strides, out) for s in x[:3]], *[0] * 15, B, h, N, M, A, d), out
 
 
 def _sizes(query: Tensor, key: Tensor, agents: Tensor) -> tuple[int, ...]:
@@ -28,16 +44,11 @@ def _sizes(query: Tensor, key: Tensor, agents: Tensor) -> tuple[int, ...]:
 def _forward(tokens: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], kept: tuple[Tensor, ...]) -> Tensor:
     """(B, h, N, d), one token after another in memory."""
     query, key, _, agents = tokens
-    B, h, N, d = query.shape
-    out = query.new_empty(B, N, h, d).transpose(1, 2)
-    native.call(
-        "agent_forward",
-        _TASK,
-        d**-0.5,
-        *native.addresses(*tokens, *biases, None, out, *(kept or (None, None)), *(None,) * 6),
-        *native.steps(*tokens, out, *(None,) * 5),
-        *_sizes(query, key, agents),
-    )
+    shape, strides = query.shape, [x.stride() for x in tokens]
+    numbers, of_out = _numbers(shape, agents.shape, key.shape[2], *strides)
+    out = query.new_empty_strided(shape, of_out)
+    tensors = [*native.addresses(*tokens, *biases), 0, out.data_ptr(), *(native.addresses(*kept) if kept else (0, 0))]
+    native.call("agent_forward", _TENSORS, shape[3] ** -0.5, *tensors, 0, 0, 0, 0, 0, 0, numbers=numbers)
     return out
 
 
@@ -92,8 +103,12 @@ def attend_agents(
 
     It computes derivatives of derivatives, too.
     """
-    query, key, value, agents = (native.side_by_side(x) for x in (query, key, value, agents))
-    key_bias, query_bias = (None if bias is None else bias.contiguous() for bias in (key_bias, query_bias))
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1 or agents.stride(-1) != 1:
+        query, key, value, agents = (native.side_by_side(x) for x in (query, key, value, agents))
+    if key_bias is not None:
+        key_bias = key_bias.contiguous()
+    if query_bias is not None:
+        query_bias = query_bias.contiguous()
     if torch.is_grad_enabled():
         return _Attend.apply(plain, query, key, value, agents, key_bias, query_bias)
     return _forward((query, key, value, agents), (key_bias, query_bias), ())

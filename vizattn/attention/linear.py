@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vizattn.attention.linear_native import attend_linear
-from vizattn.attention.native import usable
+from vizattn.attention.native import LANES, ready
 from vizattn.errors import VizattnError
 from vizattn.layers.eager import derived_again, eager, gradients_of
 
@@ -70,18 +70,20 @@ def _in_eager_mode(query: Tensor, key: Tensor, value: Tensor, temperature: Tenso
 
 
 def _by_library(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None) -> bool:
-    if not (usable(query, key, value) and eager(query, key, value, temperature)):
+    if not ready(query, key, value, temperature):
         return False
-    if temperature is not None and (temperature.dtype, temperature.shape) != (torch.float32, (query.shape[1], 1, 1)):
-        return False
-    return _fit(query.shape, key.shape, value.shape)
+    return _fit(query.shape, key.shape, value.shape, None if temperature is None else temperature.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _fit(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> bool:
-    """Whether shapes are those of `linear_attention`, nothing being broadcast."""
-    four = len(query) == len(value) == 4
-    return four and (*query[:2], value[2], query[3]) == key and key[:3] == value[:3]
+def _fit(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], temperature: tuple[int, ...] | None
+) -> bool:
+    """Whether shapes are those of `linear_attention`, and the library's; nothing being broadcast."""
+    if not len(query) == len(value) == 4 or temperature not in (None, (query[1], 1, 1)):
+        return False
+    alike = key == (*query[:2], value[2], query[3]) and key[:3] == value[:3]
+    return alike and all(channels and channels % LANES == 0 for channels in (query[3], value[3]))
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, min_sum: float) -> Tensor:

@@ -30,21 +30,21 @@ def _numbers(query: tuple[int, ...], value: tuple[int, ...], *steps: tuple[int, 
     Kept, as to put them together took a tenth of the time over few tokens.
     """
     (B, h, N, d), (M, e) = query, value[2:]
-    out = N * h * e, e, h * e
-    return _NUMBERS.pack(*[s for x in steps for s in x[:3]], *out, *[0] * 12, B, h, N, M, d, e), (B, N, h, e)
+    out = N * h * e, e, h * e, 1
+    return _NUMBERS.pack(*[s for x in (*steps, out) for s in x[:3]], *[0] * 12, B, h, N, M, d, e), out
 
 
 def _forward(
     min_sum: float, temperature: Tensor | None, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
 ) -> Tensor:
     """(B, h, N, e), one token after another in memory."""
-    numbers, shape = _numbers(query.shape, value.shape, query.stride(), key.stride(), value.stride())
-    out = value.new_empty(shape)
+    numbers, strides = _numbers(query.shape, value.shape, query.stride(), key.stride(), value.stride())
+    out = value.new_empty_strided((*query.shape[:3], value.shape[3]), strides)
     factors = 0 if temperature is None else temperature.data_ptr()
     tensors = query.data_ptr(), key.data_ptr(), value.data_ptr(), factors, 0, out.data_ptr()
     context, sums, totals = native.addresses(*kept) if kept else (0, 0, 0)
     native.call("linear_forward", _TENSORS, min_sum, *tensors, context, sums, totals, 0, 0, 0, 0, numbers=numbers)
-    return out.transpose(1, 2)
+    return out
 
 
 class _Attend(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vizattn.compiled import load
+from vizattn.layers.eager import eager
 
 __all__ = [
     "LANES",
@@ -23,6 +24,7 @@ __all__ = [
     "library",
     "like",
     "readable",
+    "ready",
     "side_by_side",
     "steps",
     "takes",
@@ -71,6 +73,19 @@ def usable(*tokens: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     if torch.compiler.is_compiling() or library is None or torch._C._len_torch_dispatch_stack():
         return False
     return takes(*tokens, dtype=dtype)
+
+
+def ready(*tensors: Tensor | None) -> bool:
+    """Whether the library is there, `eager` holds for `tensors`, and all are float32 in the CPU's memory.
+
+    As `usable`, but for the channels, with few calls: over few tokens each is felt.
+    """
+    if library is None or not eager(*tensors) or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        if x is not None and (x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided):
+            return False
+    return True
 
 
 def side_by_side(x: Tensor) -> Tensor:

@@ -21,16 +21,19 @@ struct AgentTask {
 
 namespace {
 
+// Tokens of a head before those of the next: its agents stay in the first cache, and a token's heads are read soon.
+constexpr int64_t NEAR = 128;
+
 // What one thread works with: rows of agents for each of its heads, and what a few tokens need.
 struct AgentRoom {
     std::unique_ptr<float[]> floats;
-    std::vector<const float *> rows, biases;
+    std::vector<const float *> biases;
     int64_t used = 0;
 
     AgentRoom(const AgentTask &t, int64_t heads)
         : floats(new float[heads * t.num_agents * (4 * t.channels + MOST_LANES + 2) +
                            2 * MOST_LANES * (3 * t.num_agents + 3 * t.channels) + 32 * MOST_LANES]),
-          rows(t.num_agents), biases(t.num_agents) {}
+          biases(t.num_agents) {}
 
     // The next `count` floats, from where a vector may begin.
     float *take(int64_t count) {
@@ -55,44 +58,46 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                     [&](int64_t a, int64_t c) INLINED { return V::load(to + a * d + c); },
                     [&](int64_t a, int64_t c, const Float &sum) INLINED { V::store(to + a * d + c, sum); });
     };
-    // The agents' rows times weights (A, W), times `factor`, for the tokens of `to`.
-    const auto spread = [&](const float *weights, int64_t W, int64_t places, const float *rows, float factor, float *to,
-                            int64_t step) INLINED {
+    // The agents' rows times weights (A, W), for the tokens of `to`.
+    const auto spread = [&](const float *weights, int64_t W, int64_t places, const float *rows, float *to, int64_t step) INLINED {
         products<L>(weights, W, 1, A, rows_of(rows, d), places, d, zero,
-                    [&](int64_t l, int64_t c, const Float &sum) INLINED { V::store(to + l * step + c, sum * factor); });
+                    [&](int64_t l, int64_t c, const Float &sum) INLINED { V::store(to + l * step + c, sum); });
     };
     room.used = 0;
     // For each head: agents times the scores' factors, what they collect, its gradient, and that of agents.
     float *agents = room.take(heads.count * size), *collected = room.take(heads.count * size);
     float *d_collected = room.take(heads.count * size), *d_agents = room.take(heads.count * size);
-    float *totals = room.take(heads.count * A * L), *tops = room.take(heads.count * A), *shares = room.take(heads.count * A);
+    float *totals = room.take(heads.count * A * L), *tops = room.take(heads.count * A), *shares = room.take(heads.count * A + L);
     float *p = room.take(2 * L * A), *ds = room.take(2 * L * A), *some_biases = room.take(2 * L * A);
     float *by_channel = room.take(2 * L * d), *grad_by_channel = room.take(2 * L * d), *grad_by_lane = room.take(2 * L * d);
 
     // A few tokens at a time, for each head: its number here and in all, the first token, how many, and their vectors.
     const auto each = [&](int64_t tokens, const auto &one) INLINED {
-        for (int64_t n = 0; n < tokens; n += 2 * L)
-            for (int64_t i = 0; i < heads.count; i++) {
-                const int64_t places = std::min<int64_t>(2 * L, tokens - n);
-                if (places > L) one(i, heads.first + i, n, places, std::integral_constant<int, 2>());
-                else one(i, heads.first + i, n, places, std::integral_constant<int, 1>());
-            }
+        for (int64_t first = 0; first < tokens; first += NEAR)
+            for (int64_t i = 0; i < heads.count; i++)
+                for (int64_t n = first; n < std::min(first + NEAR, tokens); n += 2 * L) {
+                    const int64_t places = std::min<int64_t>(2 * L, tokens - n);
+                    if (places > L) one(i, heads.first + i, n, places, std::integral_constant<int, 2>());
+                    else one(i, heads.first + i, n, places, std::integral_constant<int, 1>());
+                }
     };
     const auto to_channels = [&](auto vectors, const float *rows, int64_t step, int64_t places, const Float *factors,
                                  float *lanes, float *channels) INLINED {
         constexpr int Q = vectors;
+        const auto all = [&](int q, const auto &row) INLINED {
+            take<L>(row, d, factors ? factors[q] : Float{} + 1.0f, lanes ? lanes + q * L * d : nullptr, channels + q * L, Q * L);
+        };
         for (int q = 0; q < Q; q++) {
-            int32_t at[L];
-            for (int l = 0; l < L; l++) at[l] = q * L + l < places ? q * L + l : -1;
-            take<L>(rows, step, at, d, factors ? factors[q] : Float{} + 1.0f, lanes ? lanes + q * L * d : nullptr,
-                    channels + q * L, Q * L);
+            const float *from = rows + q * L * step;
+            if ((q + 1) * L <= places) all(q, [&](int l) INLINED { return from + l * step; });
+            else all(q, [&](int l) INLINED { return q * L + l < places ? from + l * step : nullptr; });
         }
     };
     // Scores (A, Q * L) of the tokens in `channels` and A rows, which begin with a bias (A, tokens) from n on if any.
     const auto score_rows = [&](auto vectors, const float *channels, const float *rows, const float *bias, int64_t tokens,
                                 int64_t n, int64_t places, float *out) INLINED {
         constexpr int Q = vectors, W = Q * L;
-        for (int64_t a = 0; a < A; a++) room.rows[a] = rows + a * d;
+        const auto starting = [&](const auto &start) INLINED { scores<L, Q>(channels, rows_of(rows, d), A, d, start, out); };
         for (int64_t a = 0; bias && a < A; a++) {
             room.biases[a] = bias + a * tokens + n;
             fetch<L, Q>(room.biases[a] + W);  // for the next tokens: the rows of a table are far from each other
@@ -101,7 +106,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
             std::fill(some_biases + a * W + places, some_biases + (a + 1) * W, 0.0f);
             room.biases[a] = some_biases + a * W;
         }
-        scores<L, Q>(channels, room.rows.data(), A, d, bias ? room.biases.data() : nullptr, 0, out);
+        starting([&](int64_t a) INLINED { return bias ? room.biases[a] : nullptr; });
     };
     const auto hide = [&](int64_t places, int64_t W) INLINED {  // lanes without a token
         for (int64_t a = 0; places < W && a < A; a++) std::fill(p + a * W + places, p + (a + 1) * W, -INFINITY);
@@ -129,7 +134,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         const float *from = of(t.agents, t.agents_step, heads.first + i);
         for (int64_t a = 0; a < A; a++)
             for (int64_t c = 0; c < d; c += L)
-                V::store(agents + i * size + a * d + c, V::load(from + a * t.agents_step[2] + c) * (t.scale * LOG2_E));
+                V::store(agents + i * size + a * d + c, V::load(from + a * t.agents_step[2] + c) * t.scale);
     }
     const int64_t unit = image * t.heads + heads.first;  // of what is kept for a backward pass
 
@@ -152,9 +157,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                     over[q] = x > over[q] ? x : over[q];
                 }
             for (int q = 1; q < Q; q++) over[0] = over[q] > over[0] ? over[q] : over[0];
-            float most = over[0][0];
-            for (int l = 1; l < L; l++) most = std::max(most, over[0][l]);
-            for (int64_t a = 0; most > 20.0f && a < A; a++) {
+            for (int64_t a = 0; V::any(over[0] > 14.0f) && a < A; a++) {
                 Float highest = V::load(p + a * W);
                 for (int q = 1; q < Q; q++) {
                     const Float x = V::load(p + a * W + q * L);
@@ -162,7 +165,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                 }
                 float higher = top[a];
                 for (int l = 0; l < L; l++) higher = std::max(higher, highest[l]);
-                const float factor = std::exp2(top[a] - higher);
+                const float factor = std::exp(top[a] - higher);
                 top[a] = higher;
                 V::store(total + a * L, V::load(total + a * L) * factor);
                 for (int64_t c = 0; c < d; c += L) V::store(sum + a * d + c, V::load(sum + a * d + c) * factor);
@@ -171,7 +174,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                 Float part = V::load(total + a * L);
                 for (int q = 0; q < Q; q++) {
                     Float x = V::load(p + a * W + q * L) - top[a];
-                    V::exp2(x);
+                    V::exp(x);
                     V::store(p + a * W + q * L, x);
                     part += x;
                 }
@@ -180,10 +183,12 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
             collect(p, W, places, of(t.value, t.value_step, head) + n * t.value_step[2], t.value_step[2], sum);
         });
         for (int64_t a = 0; a < heads.count * A; a++) {
-            float total = 0.0f;
-            for (int l = 0; l < L; l++) total += totals[a * L + l];
-            for (int64_t c = 0; c < d; c++) collected[a * d + c] /= total;
-            if (t.norms) t.norms[(unit * A + a) * 2] = tops[a], t.norms[(unit * A + a) * 2 + 1] = 1.0f / total;
+            if (a % L == 0)
+                V::store(shares + a, 1.0f / V::totals([&](int i) INLINED {
+                    return V::load(totals + std::min(a + i, heads.count * A - 1) * L);
+                }));
+            for (int64_t c = 0; c < d; c += L) V::store(collected + a * d + c, V::load(collected + a * d + c) * shares[a]);
+            if (t.norms) t.norms[(unit * A + a) * 2] = tops[a], t.norms[(unit * A + a) * 2 + 1] = shares[a];
         }
         if (t.collected) std::copy_n(collected, heads.count * size, t.collected + unit * size);
         each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t places, auto vectors) INLINED {
@@ -218,7 +223,7 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         add_bias(vectors, bias_of(t.d_query_bias, head, t.queries), t.queries, n, places);
         collect(p, W, places, grad_by_lane, d, d_collected + i * size);
         collect(ds, W, places, query, t.query_step[2], d_agents + i * size);
-        spread(ds, W, places, agents + i * size, 1.0f / LOG2_E, of(t.d_query, t.d_query_step, head) + n * t.d_query_step[2],
+        spread(ds, W, places, agents + i * size, of(t.d_query, t.d_query_step, head) + n * t.d_query_step[2],
                t.d_query_step[2]);
     });
     for (int64_t a = 0; a < heads.count * A; a++) {
@@ -240,16 +245,16 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
         for (int64_t a = 0; a < A; a++)
             for (int q = 0; q < Q; q++) {
                 Float x = V::load(p + a * W + q * L) - tops[i * A + a];
-                V::exp2(x);
+                V::exp(x);
                 x *= shares[i * A + a];
                 V::store(p + a * W + q * L, x);
                 V::store(ds + a * W + q * L, x * (V::load(ds + a * W + q * L) - totals[i * A + a]));
             }
         add_bias(vectors, bias_of(t.d_key_bias, head, t.keys), t.keys, n, places);
-        spread(p, W, places, d_collected + i * size, 1.0f, of(t.d_value, t.d_value_step, head) + n * t.d_value_step[2],
+        spread(p, W, places, d_collected + i * size, of(t.d_value, t.d_value_step, head) + n * t.d_value_step[2],
                t.d_value_step[2]);
         collect(ds, W, places, key, t.key_step[2], d_agents + i * size);
-        spread(ds, W, places, agents + i * size, 1.0f / LOG2_E, of(t.d_key, t.d_key_step, head) + n * t.d_key_step[2],
+        spread(ds, W, places, agents + i * size, of(t.d_key, t.d_key_step, head) + n * t.d_key_step[2],
                t.d_key_step[2]);
     });
     for (int64_t i = 0; i < heads.count; i++) {

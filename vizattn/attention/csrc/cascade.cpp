@@ -62,7 +62,7 @@ struct Cascade {
         row = t.window_width + 2 * border + AT_ONCE - 1;
         for (int64_t h = 0; h < t.heads; h++) {
             // The convolution's outputs are queries as scores want them.
-            const float factor = LOG2_E / std::sqrt(static_cast<float>(K));
+            const float factor = 1.0f / std::sqrt(static_cast<float>(K));
             const auto &[qkv, conv] = t.layers[h];
             folded.push_back({Affine(qkv, 2 * K + t.channels, t.eps, 1.0f), Affine(conv, K, t.eps, factor), {}});
             const int64_t size = t.kernel[h] * t.kernel[h];
@@ -169,7 +169,7 @@ template <int L, bool> INLINE void work(const Cascade &of, int64_t image, int64_
         const int64_t columns = 2 * width - 1, step = columns + L;
         for (int64_t y = 0; y < height; y++)
             for (int64_t x = 0; x < columns; x++)
-                room.biases[y * step + x] = table[y * t.table_width + std::abs(x - width + 1)] * LOG2_E;
+                room.biases[y * step + x] = table[y * t.table_width + std::abs(x - width + 1)];
         for (int64_t n = 0; n < N; n++)
             for (int64_t y = 0; y < height; y++) {
                 const float *from = &room.biases[std::abs(y - n / width) * step + width - 1 - n % width];

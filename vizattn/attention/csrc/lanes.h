@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -46,6 +47,14 @@ template <int L> struct Lanes {
     static INLINE Float load(const float *from) { return *reinterpret_cast<const Anywhere *>(from); }
     static INLINE void store(float *to, const Float &x) { *reinterpret_cast<Anywhere *>(to) = x; }
 
+    // Whether one lane of a comparison holds.
+    static INLINE bool any(const Int &x) {
+        int64_t pairs[L / 2], found = 0;
+        std::memcpy(pairs, &x, sizeof pairs);
+        for (int64_t pair : pairs) found |= pair;
+        return found;
+    }
+
     // The sums of all lanes of L vectors part(0), part(1), ..., one in each lane.
     template <class Part> static INLINE Float totals(const Part &part) {
 #if __has_builtin(__builtin_shufflevector)
@@ -61,22 +70,21 @@ template <int L> struct Lanes {
 #endif
     }
 
-    // In place of each x, 2 to its power, as near as float32 is; below the range of normal numbers 0.
-    static INLINE void exp2(Float &x) {
-        const Float least = Float{} - 126.0f;
-        const Float rounding = Float{} + 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
-        Float inside = x > least ? x : least;
-        Float whole = inside + rounding;
-        Float f = inside - (whole - rounding);
+    // In place of each x, which is 88 at most, its exponential, as near as float32 is; 0 below about -87.5.
+    static INLINE void exp(Float &x) {
+        const Float least = Float{} - 88.03f;
+        // 1.5 * 2^23 + 127: what is added to it loses its fraction, and its last bits are the exponent of a power of 2.
+        const Float rounding = Float{} + 12583039.0f;
+        const Float inside = least > x ? least : x;
+        const Float whole = inside * LOG2_E + rounding;
+        const Float f = inside * LOG2_E - (whole - rounding);
         Float y = f * 1.53458116e-4f + 1.33999312e-3f;  // as near to 2^f as a polynomial of degree 6 comes
         y = y * f + 9.61848896e-3f;
         y = y * f + 5.55032878e-2f;
         y = y * f + 2.40226469e-1f;
         y = y * f + 6.93147206e-1f;
         y = y * f + 1.0f;
-        Float power = (Float)((Int)y + ((Int)whole << 23));
-        power = x > least ? power : Float{};
-        x = x == x ? power : x;
+        x = y * (Float)((Int)whole << 23);
     }
 
     // Of L rows of L floats, in place, their columns.
@@ -123,8 +131,8 @@ template <int L> struct Lanes {
 #endif
 };
 
-// Of `count` rows, `step` floats apart, the exponentials of 2 in place, of what is left of a lane's greatest; in each lane
-// one over their sum.
+// Of `count` rows, `step` floats apart, the exponentials in place, of what is left of a lane's greatest; in each lane one
+// over their sum.
 template <int L> INLINE typename Lanes<L>::Float softmax(float *rows, int64_t step, int64_t count) {
     typedef Lanes<L> V;
     typedef typename V::Float Float;
@@ -134,7 +142,7 @@ template <int L> INLINE typename Lanes<L>::Float softmax(float *rows, int64_t st
     const auto higher = [&](Float &than, const Float &x) INLINED { than = x > than ? x : than; };
     const auto raise = [&](int p, int64_t k) INLINED {
         Float x = V::load(rows + k * step) - top[0];
-        V::exp2(x);
+        V::exp(x);
         V::store(rows + k * step, x);
         total[p] += x;
     };

@@ -18,7 +18,12 @@ struct LinearTask {
 
 namespace {
 
-constexpr int64_t AT_ONCE = 64;
+constexpr int64_t AT_ONCE = 32;
+
+// Where a thread goes on: what it will read there is fetched while it multiplies.
+struct Next {
+    int64_t head, n;
+};
 
 // What one thread works with; all but tokens and their gradients for each of its heads.
 struct LinearRoom {
@@ -66,6 +71,18 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         return part < 0.0f ? Float{} : part;
     };
     const auto zero = [](int64_t, int64_t) INLINED { return Float{}; };
+    // To the d numbers of `to`, part(row, channel), vectors of `count` rows, in parts that do not wait for each other.
+    const auto add_rows = [&](int64_t count, const auto &part, float *to) INLINED {
+        constexpr int P = 4;
+        for (int64_t c = 0; c < d; c += L) {
+            Float sum[P] = {};
+            int64_t k = 0;
+            for (; k + P <= count; k += P)
+                for (int p = 0; p < P; p++) sum[p] += part(k + p, c);
+            for (; k < count; k++) sum[0] += part(k, c);
+            V::store(to + c, V::load(to + c) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+        }
+    };
     const auto store = [](float *x, int64_t step) INLINED {
         return [x, step](int64_t row, int64_t c, const Float &sum) INLINED { V::store(x + row * step + c, sum); };
     };
@@ -74,10 +91,14 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         products<L>(tokens, d, 1, count, in, d, e, [&](int64_t c, int64_t v) INLINED { return V::load(to + c * e + v); },
                     store(to, e));
     };
-    // Each few of `tokens` tokens, for each head: its number here and in all, the first token and how many.
+    // Each few of `tokens` tokens, for each head: its number here and in all, the first token, how many, and whose are next.
     const auto each = [&](int64_t tokens, const auto &one) INLINED {
         for (int64_t n = 0; n < tokens; n += AT_ONCE)
-            for (int64_t i = 0; i < heads.count; i++) one(i, heads.first + i, n, std::min(AT_ONCE, tokens - n));
+            for (int64_t i = 0; i < heads.count; i++) {
+                const bool last = i + 1 == heads.count;
+                const Next next{heads.first + (last ? 0 : i + 1), last && n + AT_ONCE < tokens ? n + AT_ONCE : n};
+                one(i, heads.first + i, n, std::min(AT_ONCE, tokens - n), next);
+            }
     };
     const auto share_of = [&](const float *totals, int64_t count, float *shares) INLINED {
         for (int64_t k = 0; k < count; k++) shares[k] = 1.0f / (totals[k] < t.min_sum ? t.min_sum : totals[k]);
@@ -91,22 +112,25 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         float *sums = t.sums ? t.sums + unit * d : room.sums;
         std::fill(context, context + heads.count * size, 0.0f);
         std::fill(sums, sums + heads.count * d, 0.0f);
-        each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+        each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count, const Next &next) INLINED {
             const float *key = at(t.key, t.key_step, head, n);
-            for (int64_t c = 0; c < d; c += L) {
-                Float sum = Float{};
-                for (int64_t k = 0; k < count; k++) {
-                    const Float part = positive(key + k * t.key_step[2] + c);
-                    V::store(tokens + k * d + c, part);
-                    sum += part;
-                }
-                V::store(sums + i * d + c, V::load(sums + i * d + c) + sum);
-            }
-            add_products(count, rows_of(at(t.value, t.value_step, head, n), t.value_step[2]), context + i * size);
+            const auto part = [&](int64_t k, int64_t c) INLINED {
+                const Float x = positive(key + k * t.key_step[2] + c);
+                V::store(tokens + k * d + c, x);
+                return x;
+            };
+            add_rows(count, part, sums + i * d);
+            const float *next_key = at(t.key, t.key_step, next.head, next.n), *next_value = at(t.value, t.value_step, next.head, next.n);
+            const float *value = at(t.value, t.value_step, head, n);
+            const auto row = [&](int64_t k) INLINED {
+                fetch<L, 2>(next_key + k * t.key_step[2]), fetch<L, 2>(next_value + k * t.value_step[2]);
+                return value + k * t.value_step[2];
+            };
+            add_products(count, row, context + i * size);
         });
         for (int64_t i = 0; i < heads.count; i++)
             for (int64_t j = 0; j < size; j++) mixer[i * size + j] = context[i * size + j] * temperature(heads.first + i);
-        each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+        each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count, const Next &next) INLINED {
             const float *query = at(t.query, t.query_step, head, n);
             const auto part = [&](int64_t k, int64_t c) INLINED {
                 const Float x = positive(query + k * t.query_step[2] + c);
@@ -118,8 +142,12 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
             share_of(found, count, shares);
             if (t.totals) std::copy_n(found, count, t.totals + (unit + i) * t.queries + n);
             float *out = at(t.out, t.out_step, head, n);
+            const float *next_query = at(t.query, t.query_step, next.head, next.n);
             products<L>(tokens, 1, d, d, rows_of(mixer + i * size, e), count, e, zero,
-                        [&](int64_t k, int64_t c, const Float &x) INLINED { V::store(out + k * t.out_step[2] + c, x * shares[k]); });
+                        [&](int64_t k, int64_t c, const Float &x) INLINED {
+                            fetch<L, 1>(next_query + k * t.query_step[2] + c);
+                            V::store(out + k * t.out_step[2] + c, x * shares[k]);
+                        });
         });
         return;
     }
@@ -128,7 +156,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
     std::fill(mixer, mixer + heads.count * size, 0.0f);  // its gradient, from here on
     std::fill(d_sums, d_sums + heads.count * d, 0.0f);
     for (int64_t i = 0; i < heads.count; i++) turn(context + i * size, d, e, temperature(heads.first + i), turned + i * size);
-    each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+    each(t.queries, [&](int64_t i, int64_t head, int64_t n, int64_t count, const Next &) INLINED {
         const float *query = at(t.query, t.query_step, head, n), *grad = at(t.grad, t.grad_step, head, n);
         const float *outs = at(t.out, t.out_step, head, n), *sums = t.sums + (unit + i) * d;
         float *d_query = at(t.d_query, t.d_query_step, head, n);
@@ -142,15 +170,12 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         };
         sum_rows<L>(count, e, part, d_totals);
         for (int64_t k = 0; k < count; k++) d_totals[k] = found[k] < t.min_sum ? 0.0f : -shares[k] * d_totals[k];
-        for (int64_t c = 0; c < d; c += L) {
-            Float sum = Float{};
-            for (int64_t k = 0; k < count; k++) {
-                const Float part = positive(query + k * t.query_step[2] + c);
-                V::store(tokens + k * d + c, part);
-                sum += part * d_totals[k];
-            }
-            V::store(d_sums + i * d + c, V::load(d_sums + i * d + c) + sum);
-        }
+        const auto asking = [&](int64_t k, int64_t c) INLINED {
+            const Float x = positive(query + k * t.query_step[2] + c);
+            V::store(tokens + k * d + c, x);
+            return x * d_totals[k];
+        };
+        add_rows(count, asking, d_sums + i * d);
         products<L>(grads, 1, e, e, rows_of(turned + i * size, d), count, d,
                     [&](int64_t k, int64_t c) INLINED { return V::load(sums + c) * d_totals[k]; },
                     [&](int64_t k, int64_t c, const Float &x) INLINED {
@@ -166,7 +191,7 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
         for (int64_t j = 0; j < size; j++) d_mixer[j] *= temperature(heads.first + i);
         turn(d_mixer, d, e, 1.0f, turned + i * size);
     }
-    each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count) INLINED {
+    each(t.keys, [&](int64_t i, int64_t head, int64_t n, int64_t count, const Next &) INLINED {
         const float *key = at(t.key, t.key_step, head, n);
         float *d_key = at(t.d_key, t.d_key_step, head, n);
         for (int64_t k = 0; k < count; k++)

@@ -5,16 +5,18 @@
 
 namespace {
 
-// Scores (K, Q * L) of K keys: what their rows of `start` have from `lane` on, by e's logarithm, and products with
-// `by_channel` (channels, Q * L).
-template <int L, int Q, int K>
-INLINE void score(const float *by_channel, const float *const *keys, int64_t channels, const float *const *start,
-                  int64_t lane, float *out) {
+// Scores (K, Q * L) of K keys from the n-th on: what start(n) has for the lanes if it is there, and products of the row
+// key(n) with `by_channel` (channels, Q * L).
+template <int L, int Q, int K, class Key, class Start>
+INLINE void score(const float *by_channel, const Key &key, int64_t channels, const Start &start, int64_t n, float *out) {
     typedef Lanes<L> V;
     constexpr int P = parts_of(K * Q);
     typename V::Float sum[P][K][Q] = {};
-    for (int k = 0; k < K && start; k++)
-        for (int q = 0; q < Q; q++) sum[0][k][q] = V::load(start[k] + lane + q * L) * LOG2_E;
+    for (int k = 0; k < K; k++)
+        if (const float *from = start(n + k))
+            for (int q = 0; q < Q; q++) sum[0][k][q] = V::load(from + q * L);
+    const float *keys[K];
+    for (int k = 0; k < K; k++) keys[k] = key(n + k);
     for (int64_t first = 0; first < channels; first += P)
         for (int p = 0; p < P; p++) {
             const int64_t c = first + p;
@@ -26,33 +28,35 @@ INLINE void score(const float *by_channel, const float *const *keys, int64_t cha
     for (int k = 0; k < K; k++)
         for (int q = 0; q < Q; q++) {
             for (int p = 1; p < P; p++) sum[0][k][q] += sum[p][k][q];
-            V::store(out + (k * Q + q) * L, sum[0][k][q]);
+            V::store(out + ((n + k) * Q + q) * L, sum[0][k][q]);
         }
 }
 
 // The same for `count` keys, as many at once as may be.
-template <int L, int Q>
-INLINE void scores(const float *by_channel, const float *const *keys, int64_t count, int64_t channels,
-                   const float *const *start, int64_t lane, float *out) {
+template <int L, int Q, class Key, class Start>
+INLINE void scores(const float *by_channel, const Key &key, int64_t count, int64_t channels, const Start &start, float *out) {
     constexpr int K = rows_at_once(L);
-    const auto from = [&](auto rows, int64_t k) INLINED {
-        score<L, Q, rows>(by_channel, keys + k, channels, start ? start + k : nullptr, lane, out + k * Q * L);
-    };
-    int64_t k = 0;
-    for (; k + K <= count; k += K) from(std::integral_constant<int, K>(), k);
-    for (; k < count; k++) from(std::integral_constant<int, 1>(), k);
+    int64_t n = 0;
+    for (; n + K <= count; n += K) score<L, Q, K>(by_channel, key, channels, start, n, out);
+    for (; n < count; n++) score<L, Q, 1>(by_channel, key, channels, start, n, out);
 }
 
-// Rows of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to columns by channel
-// (channels, step), either if wanted.
-template <int L>
-INLINE void take(const float *rows, int64_t row_step, const int32_t *at, int64_t channels,
-                 const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel, int64_t step) {
+// Scores that start with nothing.
+INLINE const float *none(int64_t) { return nullptr; }
+
+// Rows row(0), row(1), ... of L queries, each times its factor; 0 for none. They go to rows by lane (L, channels), and to
+// columns by channel (channels, step), either if wanted.
+template <int L, class Row>
+INLINE void take(const Row &row, int64_t channels, const typename Lanes<L>::Float &factors, float *by_lane, float *by_channel,
+                 int64_t step) {
     typedef Lanes<L> V;
     typedef typename V::Float Float;
     for (int64_t c = 0; c < channels; c += L) {
         Float part[L];
-        for (int l = 0; l < L; l++) part[l] = at[l] < 0 ? Float{} : V::load(rows + at[l] * row_step + c);
+        for (int l = 0; l < L; l++) {
+            const float *from = row(l);
+            part[l] = from ? V::load(from + c) : Float{};
+        }
         if (by_lane)
             for (int l = 0; l < L; l++) V::store(by_lane + l * channels + c, part[l] * factors[l]);
         if (!by_channel) continue;
@@ -91,7 +95,7 @@ template <int L> INLINE float softmax_of_row(float *row, int64_t width) {
     for (int l = 1; l < L; l++) top = std::max(top, highest[l]);
     for (int64_t k = 0; k < width; k += L) {
         typename V::Float x = V::load(row + k) - top;
-        V::exp2(x);
+        V::exp(x);
         V::store(row + k, x);
         total += x;
     }

@@ -60,12 +60,14 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
         float *grad_by_channel = query_by_lane + W * d, *grad_by_lane = grad_by_channel + W * d;
         const auto taken = [&](const float *rows, int64_t step, int q, const Float &factors, float *by_lane,
                                float *by_channel) INLINED {
-            take<L>(rows, step, at + q * L, d, factors, by_lane ? by_lane + q * L * d : nullptr,
+            const auto row = [&](int l) INLINED { return at[q * L + l] < 0 ? nullptr : rows + at[q * L + l] * step; };
+            take<L>(row, d, factors, by_lane ? by_lane + q * L * d : nullptr,
                     by_channel ? by_channel + q * L : nullptr, W);
         };
         for (int q = 0; q < Q; q++)
-            taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale * LOG2_E, nullptr, query_by_channel);
-        scores<L, Q>(query_by_channel, keys, count, d, t.bias ? room.biases.data() : nullptr, lane, p);
+            taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale, nullptr, query_by_channel);
+        scores<L, Q>(query_by_channel, row_of(keys), count, d,
+                     [&](int64_t k) INLINED { return t.bias ? room.biases[k] + lane : nullptr; }, p);
         Float share[Q];
         for (int q = 0; q < Q; q++) share[q] = softmax<L>(p + q * L, W, count);
         if (!backward) {
@@ -81,7 +83,7 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             taken(of(t.grad, t.out_step, 0), t.out_step[1], q, share[q], grad_by_lane, grad_by_channel);
             taken(of(t.query, t.query_step, 0), t.query_step[1], q, Float{} + t.scale, query_by_lane, nullptr);
         }
-        scores<L, Q>(grad_by_channel, values, count, d, nullptr, 0, ds);
+        scores<L, Q>(grad_by_channel, row_of(values), count, d, none, ds);
         for (int q = 0; q < Q; q++) derive_softmax<L>(p + q * L, ds + q * L, W, count, share[q]);
         for (int64_t k = 0; t.d_bias && k < count; k++)
             for (int q = 0; q < Q; q++) {
@@ -124,9 +126,9 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
             for (int64_t k = 0; k < count; k++)
                 for (int64_t c = 0; c < d; c += L) V::store(to[k] + c, V::load(to[k] + c) + V::load(row + c) * weights[k]);
         };
-        scaled(of(t.query, t.query_step, at), t.scale * LOG2_E, query);
+        scaled(of(t.query, t.query_step, at), t.scale, query);
         times(query, keys, p);
-        for (int64_t k = 0; t.bias && k < count; k++) p[k] += room.biases[k][lane] * LOG2_E;
+        for (int64_t k = 0; t.bias && k < count; k++) p[k] += room.biases[k][lane];
         std::fill(p + count, p + padded, -INFINITY);
         const float share = softmax_of_row<L>(p, padded);
         if (!backward) return weigh(p, values, share, of(t.out, t.out_step, at));
@@ -135,7 +137,6 @@ template <int L, bool backward> INLINE void work(const Task &t, int64_t image, c
         derive_softmax_of_row<L>(p, ds, padded, share);
         for (int64_t k = 0; t.d_bias && k < count; k++) room.d_biases[k][lane] += ds[k];
         weigh(ds, keys, t.scale, of(t.d_query, t.d_query_step, at));
-        scaled(query, 1.0f / LOG2_E, query);
         send(ds, query, room.d_keys.data());
         send(p, grad, room.d_values.data());
     };
