@@ -119,6 +119,12 @@ def test_a_choice_keeps_the_reference() -> None:
     assert [case.name for case in cases] == ["vizattn", "full softmax"]
 
 
+def test_what_only_a_reference_is_named_brings_no_comparison_unless_alone() -> None:
+    ops = Options(modes=("forward",))
+    assert {case.subject for case in cases_of("ops", ops, ["softmax"])} == {"softmax"}  # a "full softmax" is in all
+    assert {case.name for case in cases_of("ops", ops, ["full softmax"])} == {"full softmax"}
+
+
 @pytest.mark.parametrize("size", [(28, 56), (56, 28)])
 def test_maps_that_a_peer_does_not_take_are_told(size: tuple[int, int]) -> None:
     cases = cases_of("ops", Options(modes=("forward",), sizes=(size,)), ["halo: timm"])

@@ -80,7 +80,7 @@ def ready(*tensors: Tensor | None) -> bool:
 
     As `usable`, but for the channels, with few calls: over few tokens each is felt.
     """
-    if library is None or not eager(*tensors) or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or library is None or torch._C._len_torch_dispatch_stack() or not eager(*tensors):
         return False
     for x in tensors:
         if x is not None and (x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided):

@@ -55,11 +55,15 @@ def cases_of(group: str, options: Options, only: Sequence[str] = ()) -> list[Cas
     cases = GROUPS[group].cases(options)
     if not only:
         return cases
-    kept = []
+    kept, alone = [], []
     for _, together in groupby(cases, key=lambda case: case.comparison):
         members = list(together)
         named = [case for case in members if any(text in f"{case.subject}: {case.name}" for text in only)]
-        kept += [case for case in members if case in named or (named and case.reference)]
+        if all(case.reference for case in named):  # compared with nothing
+            alone += named
+        else:
+            kept += [case for case in members if case in named or case.reference]
+    kept = kept or alone
     if not kept:
         subjects = {case.subject for case in cases} | {case.name for case in cases}
         raise unknown(f"subject of {group}", " ".join(only), subjects)

@@ -40,12 +40,11 @@ class FrozenMlp(Mlp):
 
 @torch.jit.unused
 def _pass_in_parts(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
-    learning = torch.is_grad_enabled() and x.requires_grad
-    if not _may_part(mlp, x, learning):
+    if not eager(x) or x.ndim != 3 or not eager_on_cpu(x):
         return _pass(mlp, x)
-    tokens = x.flatten(0, 1)
-    parts = -(-len(tokens) * int(mlp.fc1.out_features) // AT_ONCE)  # type: ignore[arg-type]
-    if parts == 1:
+    learning, tokens = torch.is_grad_enabled() and x.requires_grad, x.flatten(0, 1)
+    parts = -(-len(tokens) * int(getattr(mlp.fc1, "out_features", 0)) // AT_ONCE)
+    if parts < 2 or not _may_part(mlp, learning):
         return _pass(mlp, x)
     if learning:
         output = _Parts.apply(tokens, *_weights(mlp), mlp.act.approximate, parts)[0]
@@ -59,10 +58,8 @@ def _pass(mlp: timm.layers.Mlp, x: Tensor) -> Tensor:
     return mlp.drop2(mlp.fc2(mlp.norm(x)))
 
 
-def _may_part(mlp: timm.layers.Mlp, x: Tensor, learning: bool) -> bool:
+def _may_part(mlp: timm.layers.Mlp, learning: bool) -> bool:
     """Whether no layer mixes tokens, and nothing but the result can be seen from outside."""
-    if not eager(x) or x.ndim != 3 or not eager_on_cpu(x):
-        return False
     if isinstance(mlp, FrozenMlp) and not learning:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
