@@ -173,4 +173,5 @@ def test_it_ends_where_the_engine_ends(image_folder: Path, tmp_path: Path) -> No
     ended = result.model.state_dict()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter, ended[name], rtol=1e-3, atol=1e-4, msg=name)
+            # Together: AdamW divides the few gradients that are rounding alone by their own size.
+            assert (parameter - ended[name]).norm() < 3e-4 * ended[name].norm(), name

@@ -120,8 +120,9 @@ template <int L, bool backward> INLINE void work(const LinearTask &t, int64_t im
                 return x;
             };
             add_rows(count, part, sums + i * d);
-            const float *next_key = at(t.key, t.key_step, next.head, next.n), *next_value = at(t.value, t.value_step, next.head, next.n);
             const float *value = at(t.value, t.value_step, head, n);
+            const float *next_key = at(t.key, t.key_step, next.head, next.n);
+            const float *next_value = at(t.value, t.value_step, next.head, next.n);
             const auto row = [&](int64_t k) INLINED {
                 fetch<L, 2>(next_key + k * t.key_step[2]), fetch<L, 2>(next_value + k * t.value_step[2]);
                 return value + k * t.value_step[2];
