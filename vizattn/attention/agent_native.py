@@ -29,16 +29,11 @@ def _numbers(
 ) -> tuple[bytes, tuple[int, ...]]:
     """Steps and sizes of a forward pass, by shapes and the strides of queries, keys, values and agents; the output's.
 
-    Kept, as to put them together took a twentieth of the time over few tokens.
+    Kept, as over few tokens it is felt to put them together.
     """
     (B, h, N, d), A = query, agents[2]
     out = N * h * d, d, h * d, 1
     return _NUMBERS.pack(*[s for x in (*strides, out) for s in x[:3]], *[0] * 15, B, h, N, M, A, d), out
-
-
-def _sizes(query: Tensor, key: Tensor, agents: Tensor) -> tuple[int, ...]:
-    """Of the task: images, heads, queries, keys, agents, channels."""
-    return *query.shape[:3], key.shape[2], *agents.shape[2:]
 
 
 def _forward(tokens: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], kept: tuple[Tensor, ...]) -> Tensor:
@@ -84,7 +79,7 @@ class _Attend(torch.autograd.Function):
             tokens[0].shape[-1] ** -0.5,
             *native.addresses(*tokens, *biases, grad, None, *kept, *grads, *d_biases),
             *native.steps(*tokens, None, *grads, grad),
-            *_sizes(tokens[0], tokens[1], tokens[3]),
+            *(*tokens[0].shape[:3], tokens[1].shape[2], *tokens[3].shape[2:]),
         )
         return None, *grads, *d_biases
 

@@ -97,7 +97,6 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
     const auto score_rows = [&](auto vectors, const float *channels, const float *rows, const float *bias, int64_t tokens,
                                 int64_t n, int64_t places, float *out) INLINED {
         constexpr int Q = vectors, W = Q * L;
-        const auto starting = [&](const auto &start) INLINED { scores<L, Q>(channels, rows_of(rows, d), A, d, start, out); };
         for (int64_t a = 0; bias && a < A; a++) {
             room.biases[a] = bias + a * tokens + n;
             fetch<L, Q>(room.biases[a] + W);  // for the next tokens: the rows of a table are far from each other
@@ -106,7 +105,8 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
             std::fill(some_biases + a * W + places, some_biases + (a + 1) * W, 0.0f);
             room.biases[a] = some_biases + a * W;
         }
-        starting([&](int64_t a) INLINED { return bias ? room.biases[a] : nullptr; });
+        const auto start = [&](int64_t a) INLINED { return bias ? room.biases[a] : nullptr; };
+        scores<L, Q>(channels, rows_of(rows, d), A, d, start, out);
     };
     const auto hide = [&](int64_t places, int64_t W) INLINED {  // lanes without a token
         for (int64_t a = 0; places < W && a < A; a++) std::fill(p + a * W + places, p + (a + 1) * W, -INFINITY);
@@ -157,7 +157,8 @@ template <int L, bool backward> INLINE void work(const AgentTask &t, int64_t ima
                     over[q] = x > over[q] ? x : over[q];
                 }
             for (int q = 1; q < Q; q++) over[0] = over[q] > over[0] ? over[q] : over[0];
-            for (int64_t a = 0; V::any(over[0] > 14.0f) && a < A; a++) {
+            const bool late = V::any(over[0] > 14.0f);
+            for (int64_t a = 0; late && a < A; a++) {
                 Float highest = V::load(p + a * W);
                 for (int q = 1; q < Q; q++) {
                     const Float x = V::load(p + a * W + q * L);

@@ -70,8 +70,7 @@ template <int L> struct Lanes {
 #endif
     }
 
-    // In place of each x, which is 88 at most, its exponential: with fused multiply-adds within 1.2e-6 of it, else 4e-6; 0
-    // from about -87.7 down.
+    // In place of each x, which is 88 at most, its exponential, within 5e-6 of it; 0 from about -87.7 down.
     static INLINE void exp(Float &x) {
         const Float least = Float{} - 88.03f;
         // 1.5 * 2^23 + 127: what is added to it loses its fraction, and its last bits are the exponent of a power of 2.
